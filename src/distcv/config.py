@@ -1,0 +1,421 @@
+"""The typed recipe: what is learned, read from YAML and the command line.
+
+Nothing heavy is imported here, so that a wrong recipe is refused, and ``--help`` answered, before
+torch is loaded. A recipe is flat in YAML and on the command line (``lr: 0.1`` is ``--lr 0.1``);
+its fields are written in groups, which are the headings of ``--help``.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+T = TypeVar("T")
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """The user's input is wrong; the message is one line: what, where, the remedy."""
+
+
+class Strict(BaseModel):
+    """Frozen, with unknown keys refused and no infinities or NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelFields(Strict):
+    """The network and the data it learns from."""
+
+    model: str = Field("gap", description="The network to train, by its name in the zoo.")
+    dataset: str = Field(
+        "mnist",
+        description="The data: mnist, fashion_mnist, cifar10, cifar100 or synthetic.",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout probability, in networks that have dropout layers."
+    )
+
+
+class TrainingFields(Strict):
+    """How long and how precisely to train."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training set.")
+    max_steps: int | None = Field(
+        None, ge=1, description="End after this many optimizer steps, if that is sooner."
+    )
+    batch_size: int = Field(
+        128, ge=1, description="Samples per optimizer step, over all processes together."
+    )
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Parts into which each batch is split to save memory."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Arithmetic of the forward and backward pass; weights stay fp32."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Fixes initial weights, order, augmentation and dropout."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread evenly over all classes."
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Evaluate a moving average of the weights with this decay."
+    )
+
+
+class OptimizerFields(Strict):
+    """The optimizer."""
+
+    optimizer: Literal["sgd", "adamw", "muon"] = Field(
+        "sgd", description="Update rule; muon treats hidden weights as matrices, the rest by AdamW."
+    )
+    lr: float = Field(0.1, gt=0, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD and Muon.")
+    nesterov: bool = Field(True, description="Nesterov momentum in SGD and Muon.")
+    adam_betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]
+    ] = Field((0.9, 0.999), description="Decay rates of AdamW's two moments.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay (L2 in SGD, else decoupled).")
+    decay_norm_and_bias: bool = Field(
+        False, description="Apply weight decay to BatchNorm parameters and biases too."
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Clip the norm of the whole gradient to this."
+    )
+
+
+class ScheduleFields(Strict):
+    """The learning rate as a function of the step."""
+
+    schedule: Literal["constant", "step", "multistep", "cosine", "onecycle"] = Field(
+        "onecycle",
+        description="Shape after the warm-up; onecycle falls linearly (triangular).",
+    )
+    warmup_epochs: float = Field(
+        0.0, ge=0, description="Epochs over which the rate rises linearly to its peak."
+    )
+    initial_lr_factor: float = Field(
+        0.0, ge=0, le=1, description="Rate at the start of the warm-up, as a factor of lr."
+    )
+    final_lr_factor: float = Field(
+        0.0, ge=0, le=1, description="Rate at the end of cosine and onecycle, as a factor of lr."
+    )
+    lr_step_epochs: int = Field(
+        6, ge=1, description="Epochs between two reductions in the step schedule."
+    )
+    lr_milestones: tuple[int, ...] = Field(
+        (), description="Epochs at which the multistep schedule reduces the rate."
+    )
+    lr_gamma: float = Field(
+        0.1, gt=0, le=1, description="Factor of each reduction in step and multistep."
+    )
+
+
+class AugmentationFields(Strict):
+    """Random changes to the training images, drawn anew for every sample and epoch."""
+
+    translate: int = Field(0, ge=0, description="Shift by up to this many pixels each way.")
+    translate_mode: Literal["zero", "reflect"] = Field(
+        "zero", description="What fills the border that a shift uncovers."
+    )
+    flip: Literal["none", "random", "alternating"] = Field(
+        "none",
+        description="Mirror left to right: by chance, or every second epoch (alternating).",
+    )
+    rotate: float = Field(0.0, ge=0, le=180, description="Rotate by up to this many degrees.")
+    scale: float = Field(0.0, ge=0, lt=1, description="Zoom in or out by up to this share.")
+    shear: float = Field(0.0, ge=0, lt=90, description="Shear by up to this many degrees.")
+    trivial_augment: bool = Field(
+        False, description="One random operation a sample, as in TrivialAugment (wide)."
+    )
+    cutout: int = Field(0, ge=0, description="Blank a random square with sides of this many pixels.")
+    mixup: float = Field(0.0, ge=0, description="Blend two samples, weight from Beta(a, a).")
+    cutmix: float = Field(0.0, ge=0, description="Paste a box of another sample, area from Beta(a, a).")
+
+
+GROUPS: dict[str, type[Strict]] = {
+    "model": ModelFields,
+    "training": TrainingFields,
+    "optimizer": OptimizerFields,
+    "schedule": ScheduleFields,
+    "augmentation": AugmentationFields,
+}
+
+
+class Recipe(
+    AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields, ModelFields
+):
+    """Everything that decides what is learned, and nothing about where it runs."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.gradient_accumulation_steps > self.batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} exceeds "
+                f"batch_size {self.batch_size}: use at most one part a sample"
+            )
+        if self.schedule == "multistep" and not self.lr_milestones:
+            raise ValueError("schedule multistep needs lr_milestones, such as 30 60 80")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}: lower it"
+            )
+        if self.mixup and self.cutmix:
+            raise ValueError("mixup and cutmix are both set: choose one, set the other to 0")
+        if self.nesterov and not self.momentum and self.optimizer == "sgd":
+            raise ValueError("nesterov needs momentum above 0: add --no-nesterov or raise momentum")
+        return self
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML, which :func:`load_recipe` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the recipe: SHA-256 of its fields as canonical JSON."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class RunOptions(Strict):
+    """Where a run's files go, how it is followed, and how it is executed."""
+
+    recipe: str | None = Field(
+        None, description="Recipe to start from: a YAML file or a name; default: the model's own."
+    )
+    name: str | None = Field(
+        None, description="Run name; naming an existing run resumes it. Default: model and time."
+    )
+    runs_dir: Path = Field(Path("runs"), description="Folder that holds the run folders.")
+    data_dir: Path = Field(Path("data"), description="Folder in which data sets are kept.")
+    track: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+        (), description="Trackers that follow the run, beside metrics.jsonl."
+    )
+    project: str = Field("distcv", description="Project name in the tracker.")
+    compile: bool = Field(False, description="Compile the network with torch.compile.")
+    log_every: int = Field(20, ge=1, description="Steps between two rows of training metrics.")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints, beside the one after every epoch."
+    )
+    keep_every: int | None = Field(
+        None, ge=1, description="Keep each checkpoint whose epoch is a multiple of this."
+    )
+    print_config: bool = Field(False, description="Print the resolved recipe as YAML and end.")
+
+
+def resource_dir(kind: str) -> Path:
+    """Folder ``configs``, ``launch`` or ``slurm``: in the installed package, else in the clone."""
+    packaged = PACKAGE / kind
+    return packaged if packaged.is_dir() else PACKAGE.parents[1] / kind
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with distcv."""
+    return sorted(path.stem for path in resource_dir("configs").glob("*.yaml"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, else the list of them all."""
+    known = list(known)
+    begins = [name for name in known if len(word) > 2 and name.startswith(word)]
+    match = begins or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(known)}"
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """Read a recipe by its name in ``configs/`` or by the path of a YAML file.
+
+    Raises:
+        InputError: no such recipe, not YAML, an unknown key, or a value out of range.
+    """
+    path = Path(name_or_file)
+    if not path.is_file():
+        shipped = resource_dir("configs") / f"{name_or_file}.yaml"
+        if not shipped.is_file():
+            raise InputError(f"no recipe {str(name_or_file)!r}: {nearest(str(path), recipe_names())}")
+        path = shipped
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: a recipe is a mapping of fields, such as 'lr: 0.1'")
+    return _validated(lambda: Recipe.model_validate(fields), where=f"{path}: ")
+
+
+def _validated(build: Callable[[], T], where: str = "") -> T:
+    """Call ``build``; turn pydantic's report into one line that names the field and the value."""
+    try:
+        return build()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown key {field!r}: {nearest(field, Recipe.model_fields)}"
+        elif not field:
+            problem = first["msg"].removeprefix("Value error, ")
+        else:
+            message = first["msg"][0].lower() + first["msg"][1:]
+            problem = f"{field} = {first['input']!r}: {message}"
+        raise InputError(where + " ".join(problem.split())) from None
+
+
+def parse_arguments(
+    cls: type[T],
+    *,
+    prog: str,
+    description: str,
+    args: list[str] | None = None,
+    default: T | None = None,
+) -> T:
+    """Read the command line into ``cls`` (a pydantic model or dataclass) by tyro.
+
+    Nested groups become headings of ``--help``; their fields are plain flags without prefix.
+
+    Raises:
+        InputError: an unknown flag or a value that does not fit; one line, with the nearest flag.
+    """
+    args = sys.argv[1:] if args is None else args
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = _validated(
+                lambda: tyro.cli(
+                    cls,
+                    prog=f"python -m {prog}",
+                    description=description,
+                    args=args,
+                    default=tyro.MISSING if default is None else default,  # type: ignore[arg-type]
+                    return_unknown_args=True,
+                    config=(tyro.conf.OmitArgPrefixes,),
+                )
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_first_line_of_box(said.getvalue())) from None
+    if unknown:
+        if not unknown[0].startswith("-"):
+            raise InputError(f"unexpected argument {unknown[0]!r}: see --help for the flags")
+        raise InputError(f"unknown flag {unknown[0]!r}: {nearest_flag(cls, unknown[0])}")
+    return parsed
+
+
+def nearest_flag(cls: Any, flag: str) -> str:
+    """A hint for a misspelt flag of the command line that ``cls`` describes."""
+    names: list[str] = []
+    pending = [cls]
+    while pending:
+        fields = getattr(pending.pop(), "model_fields", {})
+        for name, field in fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                pending.append(field.annotation)
+            else:
+                names.append("--" + name.replace("_", "-"))
+    return nearest(flag.split("=")[0], names)
+
+
+def _first_line_of_box(text: str) -> str:
+    """tyro draws its errors as a box; take the message and leave frame and help text."""
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
+    message = [line for line in lines[1:] if line]
+    ends = [i for i, line in enumerate(message) if set(line) == {"─"}]
+    whole = " ".join(message[: ends[0] if ends else None])
+    refused = re.search(r"for \w+ (\w+)\S* (.*?) \[type=.*?input_value=(.*?), input_type", whole)
+    if refused is None:
+        return whole[:1].lower() + whole[1:]
+    field, problem, value = refused.groups()
+    return f"--{field.replace('_', '-')} {value}: {problem[0].lower()}{problem[1:]}"
+
+
+class CommandLine(Strict):
+    """The flags of ``distcv.train``: the recipe's fields in their groups, and the run's options."""
+
+    model: ModelFields
+    training: TrainingFields
+    optimizer: OptimizerFields
+    schedule: ScheduleFields
+    augmentation: AugmentationFields
+    run: RunOptions
+
+    @classmethod
+    def starting_from(cls, recipe: Recipe) -> Self:
+        fields = recipe.model_dump()
+        groups = {
+            name: group(**{field: fields[field] for field in group.model_fields})
+            for name, group in GROUPS.items()
+        }
+        return cls(run=RunOptions(), **groups)  # type: ignore[arg-type]
+
+    def to_recipe(self) -> Recipe:
+        fields: dict[str, Any] = {}
+        for name in GROUPS:
+            fields |= getattr(self, name).model_dump()
+        return _validated(lambda: Recipe(**fields))
+
+
+def read_command_line(
+    *, prog: str, description: str, models: Iterable[str], args: list[str] | None = None
+) -> tuple[Recipe, RunOptions]:
+    """Resolve recipe and run options: recipe file first, flags over it.
+
+    ``--model NAME`` starts from the recipe of that name unless ``--recipe`` names another.
+
+    Raises:
+        InputError: see :func:`load_recipe` and :func:`parse_arguments`.
+    """
+    args = sys.argv[1:] if args is None else args
+    model, recipe_name = _flag_value(args, "model"), _flag_value(args, "recipe")
+    if model is not None and model not in models:
+        raise InputError(f"unknown model {model!r}: {nearest(model, models)}")
+    start = load_recipe(recipe_name or model or "gap")
+    command_line = parse_arguments(
+        CommandLine,
+        prog=prog,
+        description=description,
+        args=args,
+        default=CommandLine.starting_from(start),
+    )
+    return command_line.to_recipe(), command_line.run
+
+
+def _flag_value(args: list[str], name: str) -> str | None:
+    """The last value of ``--name VALUE`` or ``--name=VALUE``, before the real parsing."""
+    value = None
+    for here, following in zip(args, [*args[1:], None], strict=True):
+        if here == f"--{name}":
+            value = following
+        elif here.startswith(f"--{name}="):
+            value = here.split("=", 1)[1]
+    return value
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
+
+    Of several processes, rank 0 speaks; once they are joined, the first of each node, since what
+    is wrong may be wrong on one node only.
+    """
+    try:
+        code = main() or 0
+    except InputError as error:
+        joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        if os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

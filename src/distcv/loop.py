@@ -1,0 +1,224 @@
+"""The training loop and the evaluation. Nothing in a step waits for the device."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from distcv.augment import Augmenter
+from distcv.config import Recipe
+from distcv.data.loading import PADDING, Batch, TrainingBatches
+from distcv.optim import MovingAverage, lr_at
+from distcv.runtime import Runtime
+
+
+@dataclass
+class Progress:
+    """How far the training is: all that a resumed run needs beside its tensors."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # in training and evaluation, over all starts of the run
+    train_seconds: float = 0.0  # in training alone
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, samples
+    window_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # since the last log point
+    best_accuracy: float | None = None  # on the test set, in percent
+    best_step: int | None = None
+
+
+@dataclass
+class Training:
+    """The parts of one training: prepared for the strategy, and the plain network beneath."""
+
+    recipe: Recipe
+    runtime: Runtime
+    network: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: MovingAverage | None
+    augment: Augmenter
+    batches: TrainingBatches
+    train_loader: DataLoader[Batch]
+    test_loader: DataLoader[Batch]
+    test_samples: int
+    classes: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        whole = self.recipe.epochs * self.steps_per_epoch
+        return min(whole, self.recipe.max_steps or whole)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact figures on the test set: mean loss, accuracy in percent, and that of each class."""
+
+    loss: float
+    accuracy: float
+    class_accuracy: list[float]
+
+
+class Sums:
+    """Sums over samples, kept on the device: loss, correct predictions, samples."""
+
+    def __init__(self, device: torch.device, start: list[float]) -> None:
+        self.values = torch.tensor(start, device=device)
+
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        correct = (logits.argmax(1) == labels).sum()
+        self.values += torch.stack([loss_sum.detach(), correct, torch.full_like(correct, len(labels))])
+
+    def read(self, runtime: Runtime, *flags: float) -> list[float]:
+        """Totals over all processes, and those of further numbers; waits for the device."""
+        both = torch.cat([self.values, torch.tensor(flags, device=self.values.device)])
+        return runtime.sum(both).tolist()
+
+
+def train_epoch(
+    training: Training,
+    progress: Progress,
+    *,
+    log_every: int,
+    log: Callable[[dict[str, Any]], None],
+    advance: Callable[[], None],
+    checkpoint_every: int | None,
+    save: Callable[[], None],
+    stop_pending: Callable[[], bool],
+) -> bool:
+    """Train from ``progress.step`` to the end of its epoch; False if a stop was requested.
+
+    Every ``log_every`` steps the sums are read, ``log`` gets a row, and the processes agree on
+    whether one of them was asked to stop.
+    """
+    recipe, runtime = training.recipe, training.runtime
+    epoch = progress.step // training.steps_per_epoch
+    end = min((epoch + 1) * training.steps_per_epoch, training.total_steps)
+    window = Sums(runtime.device, progress.window_sums if runtime.is_main else [0.0] * 3)
+    training.model.train()
+    training.batches.seek(progress.step)
+    batches = iter(training.train_loader)
+    since, since_step = time.perf_counter(), progress.step
+    before = progress.train_seconds, progress.seconds
+
+    def clock() -> float:
+        elapsed = time.perf_counter() - since
+        progress.train_seconds, progress.seconds = before[0] + elapsed, before[1] + elapsed
+        return elapsed
+
+    last_logged = 0.0
+    while progress.step < end:
+        lr = lr_at(progress.step, recipe, training.steps_per_epoch, training.total_steps)
+        for group in training.optimizer.param_groups:
+            group["lr"] = lr
+        for part in range(recipe.gradient_accumulation_steps):
+            batch = next(batches)
+            runtime.seed_step(progress.step, part)
+            with runtime.accumulate(training.model):
+                inputs, targets = training.augment(batch, epoch)
+                logits = training.model(inputs)
+                loss_sum = F.cross_entropy(
+                    logits, targets, reduction="sum", label_smoothing=recipe.label_smoothing
+                )
+                runtime.backward(runtime.loss_share(loss_sum, recipe.batch_size))
+                if recipe.clip_norm and runtime.last_part:
+                    runtime.clip(training.model, recipe.clip_norm)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+            window.add(loss_sum, logits, batch.labels)
+        if training.ema:
+            training.ema.update(progress.step)
+        progress.step += 1
+        advance()
+
+        log_due = progress.step % log_every == 0 or progress.step == end
+        save_due = checkpoint_every is not None and progress.step % checkpoint_every == 0
+        stop_seen = runtime.processes == 1 and stop_pending()
+        if not (log_due or save_due or stop_seen):
+            continue
+        *sums, stops = window.read(runtime, float(stop_pending()))
+        elapsed = clock()
+        if log_due:
+            images = (progress.step - since_step) * recipe.batch_size
+            log(_train_row(training, progress, sums, lr, images / (elapsed - last_logged)))
+            last_logged, since_step = elapsed, progress.step
+            progress.epoch_sums = [a + b for a, b in zip(progress.epoch_sums, sums, strict=True)]
+            window = Sums(runtime.device, [0.0] * 3)
+            sums = [0.0] * 3
+        progress.window_sums = sums
+        if stops and progress.step < end:
+            return False
+        if save_due and progress.step < end:  # at an epoch's end it is saved after the evaluation
+            save()
+    return True
+
+
+def _train_row(
+    training: Training, progress: Progress, sums: list[float], lr: float, rate: float
+) -> dict[str, Any]:
+    loss, correct, samples = sums
+    return {
+        "event": "train",
+        "step": progress.step,
+        "epoch": progress.step / training.steps_per_epoch,
+        "samples": progress.step * training.recipe.batch_size,
+        "loss": loss / samples,
+        "accuracy": 100 * correct / samples,
+        "lr": lr,
+        "images_per_second": rate,
+        "seconds": progress.seconds,
+    }
+
+
+@torch.no_grad()
+def share_statistics(training: Training) -> None:
+    """Make BatchNorm's running statistics the same on all processes: their mean.
+
+    Each process has seen another share of every batch. Running statistics are linear in what was
+    seen, so the result does not depend on how often they are averaged (but for rounding).
+    """
+    for name, buffer in training.network.named_buffers():
+        if buffer.is_floating_point():
+            training.runtime.average([buffer])
+            if training.ema:
+                training.runtime.average([training.ema.average[name]])
+
+
+@torch.no_grad()
+def evaluate(training: Training) -> Evaluation:
+    """Loss and accuracy over the whole test set, each sample counted once, the same everywhere.
+
+    The moving average is evaluated where there is one. No test-time augmentation.
+    """
+    runtime, classes = training.runtime, training.classes
+    share_statistics(training)
+    if training.ema:
+        training.ema.swap()
+    training.model.eval()
+    loss_sum = torch.zeros((), device=runtime.device)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
+    for batch in training.test_loader:
+        counted = batch.ids != PADDING
+        logits = training.model(training.augment.normalize(batch.images))
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        loss_sum += (losses * counted).sum()
+        confusion.scatter_add_(0, batch.labels * classes + logits.argmax(1), counted.long())
+    if training.ema:
+        training.ema.swap()
+    runtime.sum(loss_sum)
+    table = runtime.sum(confusion).view(classes, classes)  # row: label, column: prediction
+    samples = int(table.sum())
+    assert samples == training.test_samples, f"{samples} of {training.test_samples} evaluated"
+    right, of_class = table.diagonal(), table.sum(1).clamp(min=1)
+    return Evaluation(
+        loss=float(loss_sum) / samples,
+        accuracy=100 * int(right.sum()) / samples,
+        class_accuracy=[100 * share for share in (right / of_class).tolist()],
+    )

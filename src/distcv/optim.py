@@ -1,0 +1,187 @@
+"""Optimizers, the learning rate as a function of the step, and the moving average of weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim._muon import muon
+
+from distcv.config import Recipe
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The model's parameters in groups with and without weight decay.
+
+    Unless ``decay_norm_and_bias``, vectors (BatchNorm's weights and all biases) are not decayed:
+    He et al., "Bag of Tricks" (2019).
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1 or recipe.decay_norm_and_bias]
+    vectors = [p for p in model.parameters() if p.ndim <= 1 and not recipe.decay_norm_and_bias]
+    groups = [
+        {"params": weights, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD with (Nesterov) momentum, one fused kernel over all parameters."""
+    return torch.optim.SGD(
+        parameter_groups(model, recipe),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+
+
+def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), one fused kernel over all parameters."""
+    return torch.optim.AdamW(
+        parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.adam_betas, fused=True
+    )
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon on hidden weights taken as matrices, AdamW on all other parameters.
+
+    A convolution's weight (O, I, H, W) is the matrix (O, I·H·W). Updates of Muon are scaled to the
+    root mean square of AdamW's, so that one learning rate serves both (Liu et al., "Muon is
+    scalable for LLM training", 2025; K. Jordan, "Muon", 2024). Which groups are Muon's says their
+    key ``muon``.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, momentum: float, nesterov: bool, **adamw: Any
+    ) -> None:
+        self.momentum, self.nesterov = momentum, nesterov
+        super().__init__(groups, **adamw)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        # AdamW's step asks here for the tensors of each group; Muon's are updated on the spot and
+        # withheld from it.
+        if not group.get("muon"):
+            return bool(super()._init_group(group, *lists))
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        muon(
+            [_matrix(p) for p in params],
+            [_matrix(p.grad) for p in params],
+            [_matrix(self.state[p]["momentum_buffer"]) for p in params],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            ns_coefficients=(3.4445, -4.7750, 2.0315),
+            ns_steps=5,
+            eps=1e-7,
+            adjust_lr_fn="match_rms_adamw",
+            has_complex=False,
+        )
+        return False
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A view as a matrix that shares memory; the order of its columns is of no consequence."""
+    weight = weight.detach()
+    if weight.ndim == 4 and not weight.is_contiguous():
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.flatten(1)
+
+
+def muon_adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """:class:`MuonAdamW`: the first weight (from pixels) and the last (to classes) are AdamW's."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    hidden = {id(p) for p in weights[1:-1]}
+    groups = []
+    for group in parameter_groups(model, recipe):
+        matrices = [p for p in group["params"] if id(p) in hidden]
+        others = [p for p in group["params"] if id(p) not in hidden]
+        groups += [
+            group | {"params": params, "muon": is_muon}
+            for params, is_muon in ((matrices, True), (others, False))
+            if params
+        ]
+    return MuonAdamW(
+        groups,
+        lr=recipe.lr,
+        betas=recipe.adam_betas,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        foreach=False,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "muon": muon_adamw,
+}
+
+
+def lr_at(step: int, recipe: Recipe, steps_per_epoch: int, total_steps: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0 to ``total_steps`` - 1).
+
+    The warm-up is linear; what follows is the recipe's ``schedule``: ``cosine`` (Loshchilov and
+    Hutter 2017) and ``onecycle`` (Smith and Topin 2018, in its triangular form) come down to
+    ``final_lr_factor``; ``step`` and ``multistep`` multiply by ``lr_gamma`` at whole epochs.
+    """
+    warmup = min(recipe.warmup_epochs * steps_per_epoch, float(total_steps))
+    if step < warmup:
+        start = recipe.initial_lr_factor
+        return recipe.lr * (start + (1 - start) * (step + 1) / (warmup + 1))
+    left = 1 - (step - warmup) / max(1.0, total_steps - warmup)
+    low, epoch = recipe.final_lr_factor, step // steps_per_epoch
+    match recipe.schedule:
+        case "constant":
+            factor = 1.0
+        case "onecycle":
+            factor = low + (1 - low) * left
+        case "cosine":
+            factor = low + (1 - low) * (1 - math.cos(math.pi * left)) / 2
+        case "step":
+            factor = recipe.lr_gamma ** (epoch // recipe.lr_step_epochs)
+        case "multistep":
+            factor = recipe.lr_gamma ** sum(epoch >= at for at in recipe.lr_milestones)
+    return recipe.lr * factor
+
+
+class MovingAverage:
+    """Exponential moving average of a model's parameters and of BatchNorm's running statistics.
+
+    In the first steps the decay is lower, (1 + n) / (10 + n), so that the average does not hang on
+    to the initial weights. torch's AveragedModel is not used: it reads a counter from the device
+    in every step, which makes the host wait. Build it once the model is on its device.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = {
+            name: tensor.detach()
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+            if tensor.is_floating_point()
+        }
+        self.average = {name: tensor.clone() for name, tensor in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step ``step`` (the first is 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)
+
+    def load(self, average: dict[str, Tensor]) -> None:
+        """Take over the averages of a checkpoint."""
+        for name, tensor in self.average.items():
+            tensor.copy_(average[name])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's tensors with the averaged ones; a second call changes them back."""
+        for name, tensor in self.live.items():
+            held = tensor.clone()
+            tensor.copy_(self.average[name])
+            self.average[name].copy_(held)

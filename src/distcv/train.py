@@ -1,0 +1,355 @@
+"""Train an image classifier: ``python -m distcv.train --model resnet18``.
+
+The same command under ``accelerate launch`` trains on as many processes as that starts.
+"""
+
+import dataclasses
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from distcv.config import InputError, Recipe, RunOptions, nearest, read_command_line, run_command
+from distcv.data import DATASETS
+from distcv.environment import describe_environment, set_thread_environment
+from distcv.models import MODELS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from distcv.checkpoint import Checkpoint
+    from distcv.data import ImageData
+    from distcv.loop import Evaluation, Progress, Training
+    from distcv.runtime import Runtime
+    from distcv.tracking import RunFolder
+
+EVALUATION_BATCH = 1000
+
+
+def main() -> int:
+    """Read the command line, then train; nothing heavy is loaded before it is known to be right."""
+    recipe, options = read_command_line(
+        prog="distcv.train",
+        description="Train an image classifier; the recipe of --model is where the values start.",
+        models=MODELS,
+    )
+    for kind, name, known in (("model", recipe.model, MODELS), ("dataset", recipe.dataset, DATASETS)):
+        if name not in known:
+            raise InputError(f"unknown {kind} {name!r}: {nearest(name, known)}")
+    if options.print_config:
+        print(recipe.to_yaml(), end="")
+        return 0
+    set_thread_environment()
+    return train(recipe, options)
+
+
+def train(recipe: Recipe, options: RunOptions) -> int:
+    """One run from its start, or from its newest checkpoint, to its end or a stop request.
+
+    Returns the exit code: 0, or 75 if the run was stopped and can go on.
+
+    Raises:
+        InputError: anything that is wrong before step 1.
+    """
+    from distcv import checkpoint
+    from distcv.data import load_dataset
+    from distcv.loop import Progress, share_statistics, train_epoch
+    from distcv.preempt import STOPPED, StopRequest
+    from distcv.runtime import Runtime
+    from distcv.tracking import Console, RunFolder, Trackers, read_result
+
+    # Where: processes, run folder, console.
+    runtime = Runtime(recipe, compile=options.compile)
+    console = Console(runtime, recipe)
+    default_name = f"{recipe.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
+    runtime.on_main(lambda: folder.open(recipe))
+    if (finished := runtime.on_main(lambda: read_result(folder))) is not None:
+        console.say(
+            f"run {folder.path} is finished: test accuracy {finished['test_accuracy']:.2f} % "
+            f"after {finished['epochs']:g} epochs; choose another --name to train again"
+        )
+        return 0
+    start = runtime.on_main(lambda: folder.record_start(options, runtime))
+
+    # What: data, network, optimizer, as if for one device, then wrapped for the strategy.
+    data = load_dataset(
+        recipe.dataset, options.data_dir, shape=DATASETS[MODELS[recipe.model].dataset].shape,
+        report=console.say,
+    )  # fmt: skip
+    training = build(recipe, data, runtime)
+    runtime.on_main(lambda: check_space(folder, training))
+    parameters = sum(p.numel() for p in training.network.parameters())
+    console.say(
+        f"{recipe.model} ({parameters:,} parameters) on {recipe.dataset}, batch "
+        f"{recipe.batch_size}, {training.steps_per_epoch} steps an epoch, {recipe.precision}"
+    )
+    console.say(f"{runtime.describe()}; run folder {folder.path}")
+
+    # Resume, if the run folder holds a checkpoint.
+    progress = Progress()
+    newest = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, console.say))
+    if newest is not None:
+        progress = restore(training, checkpoint.load(newest))
+        console.say(f"resuming after step {progress.step}, from {newest}")
+    runtime.on_main(lambda: folder.cut_metrics(progress.step))
+    trackers = Trackers(runtime, folder, recipe, options, console)
+    stop = StopRequest(folder.path)
+
+    def log(row: dict[str, Any]) -> None:
+        if runtime.is_main:
+            folder.add_row(row)
+        trackers.log(row)
+
+    def log_training(row: dict[str, Any]) -> None:
+        console.training(row)
+        log(row)
+
+    resumed_at = progress.step
+
+    def save() -> None:
+        share_statistics(training)
+        if runtime.is_main:
+            held = snapshot(training, progress, folder)
+            checkpoint.save(folder.checkpoints, progress.step, held)
+            keep = {resumed_at, progress.best_step} | every_nth_epoch(training, options)
+            checkpoint.prune(folder.checkpoints, keep=keep)
+        runtime.wait()
+
+    # Train, epoch by epoch; evaluate and save after each.
+    evaluation = None
+    while progress.step < training.total_steps:
+        epoch = progress.step // training.steps_per_epoch + 1
+        done = progress.step % training.steps_per_epoch
+        with console.epoch(epoch, done, training.steps_per_epoch):
+            completed = train_epoch(
+                training,
+                progress,
+                log_every=options.log_every,
+                log=log_training,
+                advance=console.advance,
+                checkpoint_every=options.checkpoint_every,
+                save=save,
+                stop_pending=stop.pending,
+            )
+        if not completed:
+            save()
+            trackers.close(stopped=True)
+            console.say(
+                f"stopped after step {progress.step}; to go on: the same command with "
+                f"--name {folder.path.name}"
+            )
+            runtime.close()
+            return STOPPED
+        evaluation = timed_evaluation(training, progress)
+        row = epoch_row(training, progress, evaluation)
+        console.epoch_line(row)
+        log(row)
+        progress.epoch_sums = [0.0] * 3
+        save()
+
+    # Result. A run that was killed between its last checkpoint and here is evaluated again.
+    evaluation = evaluation or timed_evaluation(training, progress)
+    result = make_result(training, data.info.classes, progress, evaluation, start)
+    if runtime.is_main:
+        folder.write_result(result)
+    console.say(
+        f"test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, "
+        f"{result['seconds']:.1f} s; result in {folder.result}"
+    )
+    trackers.close()
+    runtime.close()
+    return 0
+
+
+def every_nth_epoch(training: "Training", options: RunOptions) -> set[int]:
+    """Steps of the checkpoints that ``--keep-every`` keeps."""
+    if options.keep_every is None:
+        return set()
+    interval = options.keep_every * training.steps_per_epoch
+    return set(range(interval, training.total_steps + 1, interval))
+
+
+def build(recipe: Recipe, data: "ImageData", runtime: "Runtime") -> "Training":
+    """Network, optimizer, loaders and moving average, built as for one device and then wrapped.
+
+    Raises:
+        InputError: the network can't take the data set's images, or the batch can't be dealt out.
+    """
+    import torch
+
+    from distcv.augment import Augmenter
+    from distcv.data.loading import EvaluationBatches, ResidentImages, TrainingBatches, make_loader
+    from distcv.loop import Training
+    from distcv.models import build_model
+    from distcv.optim import OPTIMIZERS, MovingAverage
+
+    channels, classes = data.train_images.shape[1], len(data.info.classes)
+    torch.manual_seed(recipe.seed)
+    network = build_model(recipe.model, channels=channels, classes=classes, dropout=recipe.dropout)
+    check_shape(network, recipe, tuple(data.train_images.shape[1:]))
+    optimizer = OPTIMIZERS[recipe.optimizer](network, recipe)
+
+    train_images = ResidentImages(data.train_images, data.train_labels, runtime.device)
+    test_images = ResidentImages(data.test_images, data.test_labels, runtime.device)
+    batches = TrainingBatches(
+        len(train_images),
+        recipe.batch_size,
+        processes=runtime.processes,
+        accumulation=recipe.gradient_accumulation_steps,
+        seed=recipe.seed,
+    )
+    test_batches = EvaluationBatches(
+        len(test_images), EVALUATION_BATCH, processes=runtime.processes
+    )
+    model, wrapped_optimizer, train_loader, test_loader = runtime.prepare(
+        network, optimizer, make_loader(train_images, batches), make_loader(test_images, test_batches)
+    )
+    return Training(
+        recipe=recipe,
+        runtime=runtime,
+        network=network,
+        model=model,
+        optimizer=wrapped_optimizer,
+        ema=MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None,
+        augment=Augmenter(recipe, train_images, data.info),
+        batches=batches,
+        train_loader=train_loader,
+        test_loader=test_loader,
+        test_samples=len(test_images),
+        classes=classes,
+    )
+
+
+def check_shape(network: "nn.Module", recipe: Recipe, shape: tuple[int, ...]) -> None:
+    """Raise InputError if the network can't take images of this (C, H, W)."""
+    import torch
+
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *shape))
+    except RuntimeError:
+        home = DATASETS[MODELS[recipe.model].dataset]
+        raise InputError(
+            f"model {recipe.model} can't take images of {recipe.dataset}, {'x'.join(map(str, shape))}:"
+            f" it is made for {'x'.join(map(str, home.shape))}; choose another --dataset or --model"
+        ) from None
+
+
+def check_space(folder: "RunFolder", training: "Training") -> None:
+    """Raise InputError unless the disk has room for the checkpoints that are kept at a time."""
+    tensors = 3 if training.ema or training.recipe.optimizer != "sgd" else 2
+    size = sum(t.numel() * t.element_size() for t in training.network.state_dict().values())
+    needed, free = 4 * tensors * size + 2**20, shutil.disk_usage(folder.path).free
+    if free < needed:
+        raise InputError(
+            f"run folder {folder.path}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed for "
+            "checkpoints: make room, or choose --runs-dir"
+        )
+
+
+def snapshot(training: "Training", progress: "Progress", folder: "RunFolder") -> "Checkpoint":
+    """Everything that a resumed run needs."""
+    from distcv.checkpoint import Checkpoint, optimizer_tensors, parameter_names
+
+    names = parameter_names(training.network, training.optimizer)
+    tensors = {
+        "model": training.network.state_dict(),
+        "optimizer": optimizer_tensors(training.optimizer, names),
+    }
+    if training.ema:
+        tensors["ema"] = training.ema.average
+    state = {
+        "progress": dataclasses.asdict(progress),
+        "epoch": progress.step / training.steps_per_epoch,
+        "samples": progress.step * training.recipe.batch_size,
+        "seed": training.recipe.seed,
+        "scaler": training.runtime.scaler_state(),
+        "tracker_id": folder.tracker_id(),
+        "config_sha256": training.recipe.sha256,
+        "versions": describe_environment()["versions"],
+    }
+    return Checkpoint(tensors, state)
+
+
+def restore(training: "Training", held: "Checkpoint") -> "Progress":
+    """Put a checkpoint back into a training that was just built; the progress it had."""
+    from distcv.checkpoint import load_optimizer_tensors, parameter_names
+    from distcv.loop import Progress
+
+    names = parameter_names(training.network, training.optimizer)
+    training.network.load_state_dict(held.tensors["model"])
+    load_optimizer_tensors(training.optimizer, names, held.tensors["optimizer"])
+    if training.ema:
+        training.ema.load(held.tensors["ema"])
+    training.runtime.load_scaler_state(held.state["scaler"])
+    return Progress(**held.state["progress"])
+
+
+def timed_evaluation(training: "Training", progress: "Progress") -> "Evaluation":
+    """Evaluate; add the time to the run's seconds and note the best accuracy so far."""
+    from distcv.loop import evaluate
+
+    began = time.perf_counter()
+    evaluation = evaluate(training)
+    progress.seconds += time.perf_counter() - began
+    if progress.best_accuracy is None or evaluation.accuracy > progress.best_accuracy:
+        progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
+    return evaluation
+
+
+def epoch_row(
+    training: "Training", progress: "Progress", evaluation: "Evaluation"
+) -> dict[str, Any]:
+    """The row of metrics.jsonl at the end of an epoch."""
+    loss, correct, samples = progress.epoch_sums
+    return {
+        "event": "epoch",
+        "step": progress.step,
+        "epoch": progress.step / training.steps_per_epoch,
+        "samples": progress.step * training.recipe.batch_size,
+        "train_loss": loss / samples,
+        "train_accuracy": 100 * correct / samples,
+        "test_loss": evaluation.loss,
+        "test_accuracy": evaluation.accuracy,
+        "best_test_accuracy": progress.best_accuracy,
+        "seconds": progress.seconds,
+    }
+
+
+def make_result(
+    training: "Training",
+    class_names: tuple[str, ...],
+    progress: "Progress",
+    evaluation: "Evaluation",
+    start: dict[str, Any],
+) -> dict[str, Any]:
+    """The contents of result.json: accuracies in percent at the last epoch, no augmentation."""
+    recipe, runtime = training.recipe, training.runtime
+    assert progress.best_step is not None
+    return {
+        "model": recipe.model,
+        "params": sum(p.numel() for p in training.network.parameters()),
+        "dataset": recipe.dataset,
+        "seed": recipe.seed,
+        "epochs": progress.step / training.steps_per_epoch,
+        "steps": progress.step,
+        "test_accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "best_test_accuracy": progress.best_accuracy,
+        "best_epoch": progress.best_step / training.steps_per_epoch,
+        "class_accuracy": dict(zip(class_names, evaluation.class_accuracy, strict=True)),
+        "seconds": progress.seconds,
+        "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
+        "device": runtime.device_name,
+        "processes": runtime.processes,
+        "strategy": runtime.strategy,
+        "precision": recipe.precision,
+        "commit": start["commit"],
+        "config_sha256": recipe.sha256,
+        "environment": {key: start[key] for key in ("python", "versions", "cpu", "cores", "threads")},
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
