@@ -85,9 +85,13 @@ def affine(images: Tensor, recipe: Recipe, chance: Chance) -> Tensor:
     zoom = 1 + chance.between("scale", recipe.scale)
     slant = torch.tan(torch.deg2rad(chance.between("shear", recipe.shear)))
     cos, sin, zero = angle.cos() / zoom, angle.sin() / zoom, torch.zeros_like(angle)
-    rows = [torch.stack([cos, cos * slant - sin, zero], 1), torch.stack([sin, sin * slant + cos, zero], 1)]
+    rows = [
+        torch.stack([cos, cos * slant - sin, zero], 1),
+        torch.stack([sin, sin * slant + cos, zero], 1),
+    ]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False)
+    warped: Tensor = F.grid_sample(images.float(), grid, align_corners=False)
+    return warped
 
 
 def trivial_augment(images: Tensor, recipe: Recipe, chance: Chance) -> Tensor:
@@ -102,7 +106,7 @@ def trivial_augment(images: Tensor, recipe: Recipe, chance: Chance) -> Tensor:
     sign = on_host.integers("ta-sign", 0, 1)
     images = images.to(torch.uint8).clone()
     groups = torch.stack([operation, strength, sign], 1)
-    for group in groups.unique(dim=0):
+    for group in torch.unique(groups, dim=0):
         members = (groups == group).all(1).nonzero().squeeze(1).to(images.device)
         apply = TRIVIAL_OPERATIONS[int(group[0])]
         share = float(group[1]) / 30 * (1 if group[2] else -1)
@@ -201,7 +205,7 @@ class Augmenter:
         return cutout(inputs, self.recipe, chance) if self.recipe.cutout else inputs
 
     def _mixing_weights(self, epoch: int) -> Tensor:
-        """Each sample's share of itself, from Beta(a, a): Zhang et al. (2018), Yun et al. (2019)."""
+        """Each sample's share of itself (N,), drawn from Beta(a, a): Zhang et al. (2018)."""
         if self.weights is None or self.weights[0] != epoch:
             a = self.recipe.mixup or self.recipe.cutmix
             key = [self.recipe.seed, epoch]
@@ -210,7 +214,9 @@ class Augmenter:
         return self.weights[1]
 
 
-def _paste_boxes(inputs: Tensor, others: Tensor, weight: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
+def _paste_boxes(
+    inputs: Tensor, others: Tensor, weight: Tensor, chance: Chance
+) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al. 2019): the box's area is 1 - weight, less what lies outside the image."""
     height, width = inputs.shape[-2:]
     half = (1 - weight).sqrt() / 2
@@ -236,4 +242,3 @@ class Normalizer:
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.to(torch.float32).sub_(self.mean).mul_(self.inverse)
-

@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: tensors by file (``model``, ``optimizer``, ``ema``) and the state."""
+    """Tensors by file (``model``, ``optimizer``, ``ema``), and the state in plain JSON types."""
 
     tensors: dict[str, Tensors]
     state: dict[str, Any]
@@ -149,7 +149,9 @@ def steps(folder: Path) -> list[int]:
 def set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that it is not used again, without losing it."""
     number = 0
-    while (aside := path.with_name(f"{why}-{path.name}" + (f"-{number}" if number else ""))).exists():
+    while (
+        aside := path.with_name(f"{why}-{path.name}" + (f"-{number}" if number else ""))
+    ).exists():
         number += 1
     path.rename(aside)
     return aside

@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 T = TypeVar("T")
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -85,9 +86,9 @@ class OptimizerFields(Strict):
     lr: float = Field(0.1, gt=0, description="Peak learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD and Muon.")
     nesterov: bool = Field(True, description="Nesterov momentum in SGD and Muon.")
-    adam_betas: tuple[
-        Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]
-    ] = Field((0.9, 0.999), description="Decay rates of AdamW's two moments.")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        Field((0.9, 0.999), description="Decay rates of AdamW's two moments.")
+    )
     weight_decay: float = Field(5e-4, ge=0, description="Weight decay (L2 in SGD, else decoupled).")
     decay_norm_and_bias: bool = Field(
         False, description="Apply weight decay to BatchNorm parameters and biases too."
@@ -104,8 +105,8 @@ class ScheduleFields(Strict):
         "onecycle",
         description="Shape after the warm-up; onecycle falls linearly (triangular).",
     )
-    warmup_epochs: float = Field(
-        0.0, ge=0, description="Epochs over which the rate rises linearly to its peak."
+    warmup: float = Field(
+        0.0, ge=0, le=1, description="Share of the training in which the rate rises to its peak."
     )
     initial_lr_factor: float = Field(
         0.0, ge=0, le=1, description="Rate at the start of the warm-up, as a factor of lr."
@@ -141,9 +142,13 @@ class AugmentationFields(Strict):
     trivial_augment: bool = Field(
         False, description="One random operation a sample, as in TrivialAugment (wide)."
     )
-    cutout: int = Field(0, ge=0, description="Blank a random square with sides of this many pixels.")
+    cutout: int = Field(
+        0, ge=0, description="Blank a random square with sides of this many pixels."
+    )
     mixup: float = Field(0.0, ge=0, description="Blend two samples, weight from Beta(a, a).")
-    cutmix: float = Field(0.0, ge=0, description="Paste a box of another sample, area from Beta(a, a).")
+    cutmix: float = Field(
+        0.0, ge=0, description="Paste a box of another sample, area from Beta(a, a)."
+    )
 
 
 GROUPS: dict[str, type[Strict]] = {
@@ -155,9 +160,7 @@ GROUPS: dict[str, type[Strict]] = {
 }
 
 
-class Recipe(
-    AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields, ModelFields
-):
+class Recipe(AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields, ModelFields):
     """Everything that decides what is learned, and nothing about where it runs."""
 
     @model_validator(mode="after")
@@ -169,10 +172,6 @@ class Recipe(
             )
         if self.schedule == "multistep" and not self.lr_milestones:
             raise ValueError("schedule multistep needs lr_milestones, such as 30 60 80")
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}: lower it"
-            )
         if self.mixup and self.cutmix:
             raise ValueError("mixup and cutmix are both set: choose one, set the other to 0")
         if self.nesterov and not self.momentum and self.optimizer == "sgd":
@@ -245,12 +244,16 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     if not path.is_file():
         shipped = resource_dir("configs") / f"{name_or_file}.yaml"
         if not shipped.is_file():
-            raise InputError(f"no recipe {str(name_or_file)!r}: {nearest(str(path), recipe_names())}")
+            raise InputError(
+                f"no recipe {str(name_or_file)!r}: {nearest(str(path), recipe_names())}"
+            )
         path = shipped
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{path}: not a readable YAML file: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: a recipe is a mapping of fields, such as 'lr: 0.1'")
     return _validated(lambda: Recipe.model_validate(fields), where=f"{path}: ")
@@ -274,14 +277,14 @@ def _validated(build: Callable[[], T], where: str = "") -> T:
 
 
 def parse_arguments(
-    cls: type[T],
+    cls: type[ModelT],
     *,
     prog: str,
     description: str,
     args: list[str] | None = None,
-    default: T | None = None,
-) -> T:
-    """Read the command line into ``cls`` (a pydantic model or dataclass) by tyro.
+    default: ModelT | None = None,
+) -> ModelT:
+    """Read the command line into ``cls``, a pydantic model, by tyro.
 
     Nested groups become headings of ``--help``; their fields are plain flags without prefix.
 
@@ -289,17 +292,21 @@ def parse_arguments(
         InputError: an unknown flag or a value that does not fit; one line, with the nearest flag.
     """
     args = sys.argv[1:] if args is None else args
+    known = known_flags(cls)
+    for arg in args:
+        flag = arg.split("=", 1)[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            raise InputError(f"unknown flag {arg!r}: {nearest(flag, known)}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed, unknown = _validated(
+            return _validated(
                 lambda: tyro.cli(
                     cls,
                     prog=f"python -m {prog}",
                     description=description,
                     args=args,
-                    default=tyro.MISSING if default is None else default,  # type: ignore[arg-type]
-                    return_unknown_args=True,
+                    default=tyro.MISSING if default is None else default,
                     config=(tyro.conf.OmitArgPrefixes,),
                 )
             )
@@ -307,25 +314,20 @@ def parse_arguments(
         if stop.code in (0, None):
             raise
         raise InputError(_first_line_of_box(said.getvalue())) from None
-    if unknown:
-        if not unknown[0].startswith("-"):
-            raise InputError(f"unexpected argument {unknown[0]!r}: see --help for the flags")
-        raise InputError(f"unknown flag {unknown[0]!r}: {nearest_flag(cls, unknown[0])}")
-    return parsed
 
 
-def nearest_flag(cls: Any, flag: str) -> str:
-    """A hint for a misspelt flag of the command line that ``cls`` describes."""
-    names: list[str] = []
+def known_flags(cls: Any) -> list[str]:
+    """The flags of a command line described by a pydantic model, its groups' fields included."""
+    flags = ["--help", "--tyro-print-completion", "--tyro-write-completion"]
     pending = [cls]
     while pending:
-        fields = getattr(pending.pop(), "model_fields", {})
-        for name, field in fields.items():
+        for name, field in pending.pop().model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 pending.append(field.annotation)
-            else:
-                names.append("--" + name.replace("_", "-"))
-    return nearest(flag.split("=")[0], names)
+                continue
+            flag = name.replace("_", "-")
+            flags += [f"--{flag}", f"--no-{flag}"] if field.annotation is bool else [f"--{flag}"]
+    return flags
 
 
 def _first_line_of_box(text: str) -> str:
@@ -358,7 +360,7 @@ class CommandLine(Strict):
             name: group(**{field: fields[field] for field in group.model_fields})
             for name, group in GROUPS.items()
         }
-        return cls(run=RunOptions(), **groups)  # type: ignore[arg-type]
+        return cls(run=RunOptions(), **groups)
 
     def to_recipe(self) -> Recipe:
         fields: dict[str, Any] = {}

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from distcv import __version__
+
 
 def available_cores() -> int:
     """Cores that this process may use (its affinity mask where the system has one)."""
@@ -58,8 +60,8 @@ def git_commit() -> str | None:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and threads of this process. Holds no environment variable but its own."""
-    packages = ["distcv", "torch", "torchvision", "accelerate", "deepspeed", "wandb", "tensorboard"]
-    versions = {}
+    packages = ["torch", "torchvision", "accelerate", "deepspeed", "wandb", "tensorboard"]
+    versions: dict[str, str | None] = {}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -68,6 +70,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "commit": git_commit(),
         "python": sys.version.split()[0],
+        "distcv": __version__,
         "versions": versions,
         "host": socket.gethostname(),
         "system": platform.platform(),

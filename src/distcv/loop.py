@@ -74,7 +74,9 @@ class Sums:
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         correct = (logits.argmax(1) == labels).sum()
-        self.values += torch.stack([loss_sum.detach(), correct, torch.full_like(correct, len(labels))])
+        self.values += torch.stack(
+            [loss_sum.detach(), correct, torch.full_like(correct, len(labels))]
+        )
 
     def read(self, runtime: Runtime, *flags: float) -> list[float]:
         """Totals over all processes, and those of further numbers; waits for the device."""

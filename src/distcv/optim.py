@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim._muon import muon
+from torch.optim.adamw import adamw as adamw_update
 
 from distcv.config import Recipe
 
@@ -44,45 +45,71 @@ def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-class MuonAdamW(torch.optim.AdamW):
+class MuonAdamW(torch.optim.Optimizer):
     """Muon on hidden weights taken as matrices, AdamW on all other parameters.
 
     A convolution's weight (O, I, H, W) is the matrix (O, I·H·W). Updates of Muon are scaled to the
     root mean square of AdamW's, so that one learning rate serves both (Liu et al., "Muon is
-    scalable for LLM training", 2025; K. Jordan, "Muon", 2024). Which groups are Muon's says their
-    key ``muon``.
+    scalable for LLM training", 2025; K. Jordan, "Muon", 2024). A group's key ``muon`` says whose
+    it is. The two update rules are torch's own; its Muon class takes matrices only.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, momentum: float, nesterov: bool, **adamw: Any
-    ) -> None:
-        self.momentum, self.nesterov = momentum, nesterov
-        super().__init__(groups, **adamw)
+        self, groups: list[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool,
+        betas: tuple[float, float],
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas}
+        super().__init__(groups, defaults)
 
-    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        # AdamW's step asks here for the tensors of each group; Muon's are updated on the spot and
-        # withheld from it.
-        if not group.get("muon"):
-            return bool(super()._init_group(group, *lists))
-        params = [p for p in group["params"] if p.grad is not None]
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            (self._step_muon if group["muon"] else self._step_adamw)(group, params)
+
+    def _step_muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
-            if "momentum_buffer" not in self.state[p]:
+            if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         muon(
             [_matrix(p) for p in params],
-            [_matrix(p.grad) for p in params],
+            [_matrix(p.grad) for p in params if p.grad is not None],
             [_matrix(self.state[p]["momentum_buffer"]) for p in params],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            momentum=self.momentum,
-            nesterov=self.nesterov,
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
             ns_coefficients=(3.4445, -4.7750, 2.0315),
             ns_steps=5,
             eps=1e-7,
             adjust_lr_fn="match_rms_adamw",
             has_complex=False,
         )
-        return False
+
+    def _step_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in params]
+        adamw_update(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -112,7 +139,6 @@ def muon_adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         betas=recipe.adam_betas,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
-        foreach=False,
     )
 
 
@@ -130,7 +156,7 @@ def lr_at(step: int, recipe: Recipe, steps_per_epoch: int, total_steps: int) -> 
     Hutter 2017) and ``onecycle`` (Smith and Topin 2018, in its triangular form) come down to
     ``final_lr_factor``; ``step`` and ``multistep`` multiply by ``lr_gamma`` at whole epochs.
     """
-    warmup = min(recipe.warmup_epochs * steps_per_epoch, float(total_steps))
+    warmup = recipe.warmup * total_steps
     if step < warmup:
         start = recipe.initial_lr_factor
         return recipe.lr * (start + (1 - start) * (step + 1) / (warmup + 1))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     LoggerType,
+    parse_flag_from_env,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -35,7 +37,10 @@ class Runtime:
     """
 
     def __init__(self, recipe: Recipe, *, compile: bool = False) -> None:
+        # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         self.accelerator = Accelerator(
+            cpu=on_cpu,
             mixed_precision=PRECISIONS[recipe.precision],
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
@@ -46,12 +51,20 @@ class Runtime:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
                 # Buffers are averaged when they are read, not broadcast in every step.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, broadcast_buffers=False
+                ),
                 InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
             ],
         )
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.processes != started:
+            raise InputError(
+                f"{started} processes were started but {self.processes} joined: check the launch "
+                "file's distributed_type and use_cpu"
+            )
         self.rank: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
         self.accumulation = recipe.gradient_accumulation_steps
@@ -89,13 +102,16 @@ class Runtime:
         """
         network.to(self.device)
         if self.device.type == "cuda":
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         trained = torch.compile(network) if self.compile else network
         # The batches are on the device already.
         placement = [True, True] + [False] * len(loaders)
-        return tuple(
-            self.accelerator.prepare(trained, optimizer, *loaders, device_placement=placement)
-        )
+        with warnings.catch_warnings():
+            # torch 2.15 renames broadcast_buffers; Accelerate knows only the old name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return tuple(
+                self.accelerator.prepare(trained, optimizer, *loaders, device_placement=placement)
+            )
 
     def seed_step(self, step: int, part: int) -> None:
         """Make dropout a function of seed, step, accumulation part and rank."""
@@ -104,7 +120,8 @@ class Runtime:
 
     def accumulate(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """One part of a batch; gradients are shared among the processes in the last part only."""
-        return self.accelerator.accumulate(model)
+        part: contextlib.AbstractContextManager[Any] = self.accelerator.accumulate(model)
+        return part
 
     @property
     def last_part(self) -> bool:

@@ -44,7 +44,9 @@ class RunFolder:
                 f"run folder {self.path} is in use by another process: wait, or choose --name"
             ) from None
         except OSError as error:
-            raise InputError(f"run folder {self.path}: {error.strerror}: choose --runs-dir") from None
+            raise InputError(
+                f"run folder {self.path}: {error.strerror}: choose --runs-dir"
+            ) from None
         config = self.path / "config.yaml"
         if config.exists():
             self._check_same(load_recipe(config), recipe)
@@ -175,7 +177,12 @@ class Trackers:
     """W&B and TensorBoard on the main process, through Accelerate; they never stop a training."""
 
     def __init__(
-        self, runtime: Runtime, folder: RunFolder, recipe: Recipe, options: RunOptions, console: Console
+        self,
+        runtime: Runtime,
+        folder: RunFolder,
+        recipe: Recipe,
+        options: RunOptions,
+        console: Console,
     ) -> None:
         self.runtime, self.names = runtime, options.track
         if "wandb" in options.track:
@@ -218,7 +225,6 @@ class Trackers:
         else:
             values = {"val/loss": row["test_loss"], "val/accuracy": row["test_accuracy"]}
         self.runtime.track(values | {"epoch": row["epoch"]}, step=row["step"])
-
 
     def close(self, *, stopped: bool = False) -> None:
         """Finish; a stopped run is marked as to be continued."""

@@ -32,7 +32,10 @@ def main() -> int:
         description="Train an image classifier; the recipe of --model is where the values start.",
         models=MODELS,
     )
-    for kind, name, known in (("model", recipe.model, MODELS), ("dataset", recipe.dataset, DATASETS)):
+    for kind, name, known in (
+        ("model", recipe.model, MODELS),
+        ("dataset", recipe.dataset, DATASETS),
+    ):
         if name not in known:
             raise InputError(f"unknown {kind} {name!r}: {nearest(name, known)}")
     if options.print_config:
@@ -72,10 +75,8 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     start = runtime.on_main(lambda: folder.record_start(options, runtime))
 
     # What: data, network, optimizer, as if for one device, then wrapped for the strategy.
-    data = load_dataset(
-        recipe.dataset, options.data_dir, shape=DATASETS[MODELS[recipe.model].dataset].shape,
-        report=console.say,
-    )  # fmt: skip
+    shape = DATASETS[MODELS[recipe.model].dataset].shape if recipe.dataset == "synthetic" else None
+    data = load_dataset(recipe.dataset, options.data_dir, shape=shape, report=console.say)
     training = build(recipe, data, runtime)
     runtime.on_main(lambda: check_space(folder, training))
     parameters = sum(p.numel() for p in training.network.parameters())
@@ -202,7 +203,10 @@ def build(recipe: Recipe, data: "ImageData", runtime: "Runtime") -> "Training":
         len(test_images), EVALUATION_BATCH, processes=runtime.processes
     )
     model, wrapped_optimizer, train_loader, test_loader = runtime.prepare(
-        network, optimizer, make_loader(train_images, batches), make_loader(test_images, test_batches)
+        network,
+        optimizer,
+        make_loader(train_images, batches),
+        make_loader(test_images, test_batches),
     )
     return Training(
         recipe=recipe,
@@ -229,11 +233,15 @@ def check_shape(network: "nn.Module", recipe: Recipe, shape: tuple[int, ...]) ->
         with torch.no_grad():
             network(torch.zeros(1, *shape))
     except RuntimeError:
-        home = DATASETS[MODELS[recipe.model].dataset]
+        made_for = DATASETS[MODELS[recipe.model].dataset].shape
         raise InputError(
-            f"model {recipe.model} can't take images of {recipe.dataset}, {'x'.join(map(str, shape))}:"
-            f" it is made for {'x'.join(map(str, home.shape))}; choose another --dataset or --model"
+            f"model {recipe.model} can't take {recipe.dataset}'s {_by(shape)} images: it is made "
+            f"for {_by(made_for)}; choose another --dataset or --model"
         ) from None
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def check_space(folder: "RunFolder", training: "Training") -> None:
@@ -347,7 +355,9 @@ def make_result(
         "precision": recipe.precision,
         "commit": start["commit"],
         "config_sha256": recipe.sha256,
-        "environment": {key: start[key] for key in ("python", "versions", "cpu", "cores", "threads")},
+        "environment": {
+            key: start[key] for key in ("python", "distcv", "versions", "cpu", "cores", "threads")
+        },
     }
 
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from distcv.config import InputError
 from distcv.data import DatasetInfo, Report
+from distcv.data.layouts import read_folder
 from distcv.data.readers import Arrays, array_shapes, one_line, part_digest
-from distcv.data.sources import fetch, read_folder
+from distcv.data.sources import fetch
 
 FORMAT = 1  # raise it when the layout of the file changes
 LOCK_NOTICE_S = 3.0  # a wait that lasts longer than this is reported
@@ -39,7 +40,7 @@ def load_arrays(info: DatasetInfo, data_dir: Path, report: Report) -> Arrays:
         InputError: no source delivers the data, or there is no cache and no way to write one.
     """
     folder = data_dir / "distcv"
-    with contextlib.suppress(FileNotFoundError, InputError):  # judged again under the lock
+    with contextlib.suppress(OSError, InputError):  # judged again under the lock
         return open_cache(info, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,10 +49,10 @@ def load_arrays(info: DatasetInfo, data_dir: Path, report: Report) -> Arrays:
     except OSError as error:
         try:
             arrays = read_folder(info, data_dir)
-        except InputError as reason:
+        except (InputError, OSError) as reason:
             raise InputError(
                 f"dataset {info.name}: can't write {folder} ({one_line(error)}), and the files in "
-                f"{data_dir} don't do: {reason}. Choose a --data-dir that can be written"
+                f"{data_dir} won't do ({one_line(reason)}): choose a folder that can be written"
             ) from None
         report(f"{info.name}: can't write {folder} ({one_line(error)}): read without a cache")
         return arrays
@@ -139,7 +140,7 @@ def open_cache(info: DatasetInfo, folder: Path) -> Arrays:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path.parent / info.name}: no valid cache: {one_line(error)}") from error
+        raise InputError(f"{note}: no valid cache: {one_line(error)}") from error
 
 
 def _map(info: DatasetInfo, path: Path, sums: Any) -> Arrays:

@@ -19,7 +19,7 @@ PADDING = -1  # id of a place in an evaluation batch that holds no sample
 
 
 class Batch(NamedTuple):
-    """Samples of one fetch; ``ids`` are their places in the set, ``PADDING`` where there is none."""
+    """Samples of one fetch; ``ids`` are places in the set, ``PADDING`` where there is none."""
 
     images: Tensor  # uint8 (N, C, H, W)
     labels: Tensor  # int64 (N,)
@@ -60,14 +60,15 @@ class TrainingBatches(Sampler[Tensor]):
     ) -> None:
         if batch_size > samples:
             raise InputError(
-                f"batch_size {batch_size} exceeds the {samples} training samples: lower --batch-size"
+                f"batch_size {batch_size} exceeds the {samples} training samples: lower it"
             )
         if batch_size < processes * accumulation:
             raise InputError(
                 f"batch_size {batch_size} is less than {processes} processes x {accumulation} "
                 "accumulation steps: raise --batch-size or use fewer"
             )
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        # Not named batch_size: Accelerate would drop parts of another length than that.
+        self.samples, self.global_batch, self.seed = samples, batch_size, seed
         self.parts = processes * accumulation
         self.steps_per_epoch = samples // batch_size
         self.seek(0)
@@ -82,7 +83,7 @@ class TrainingBatches(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         order = permutation(hash_int(self.seed, self.epoch), self.samples)
         for step in range(self.first, self.steps_per_epoch):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
             yield from batch.tensor_split(self.parts)
 
 
@@ -101,7 +102,7 @@ class EvaluationBatches(Sampler[Tensor]):
         return len(self.ids) // self.share
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield from self.ids.split(self.share)
+        yield from torch.split(self.ids, self.share)
 
 
 def make_loader(images: ResidentImages, batches: Sampler[Tensor]) -> DataLoader[Batch]:

@@ -36,11 +36,9 @@ class Arrays(NamedTuple):
     test_labels: np.ndarray
 
 
-def array_shapes(info: DatasetInfo) -> Arrays:
-    """The shapes that `Arrays` of this data set have, in its order."""
-    return Arrays(  # type: ignore[arg-type]
-        (info.train, *info.shape), (info.train,), (info.test, *info.shape), (info.test,)
-    )
+def array_shapes(info: DatasetInfo) -> list[tuple[int, ...]]:
+    """The shapes that the `Arrays` of this data set have, in their order."""
+    return [(info.train, *info.shape), (info.train,), (info.test, *info.shape), (info.test,)]
 
 
 def one_line(error: BaseException) -> str:
@@ -49,7 +47,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(file: str) -> Iterator[None]:
     """Turn whatever goes wrong while a file is read into an InputError that begins with its name.
 
     Raises:
@@ -58,7 +56,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (InputError, OSError, EOFError, MemoryError, zlib.error, tarfile.TarError) as error:
-        raise InputError(f"{path.name}: {one_line(error)}") from error
+        raise InputError(f"{file}: {one_line(error)}") from error
 
 
 # Sums
@@ -184,24 +182,25 @@ def _latin1(text: str, _encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+_BATCH_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,  # before numpy 2
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+}
+
+
 class _BatchUnpickler(pickle.Unpickler):
     """Knows no names but those in a pickled dictionary of lists and uint8 arrays.
 
     Not even numpy's own functions are called with what the file says.
     """
 
-    NAMES = {
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): _latin1,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.NAMES:
+        if (module, name) not in _BATCH_NAMES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
-        return self.NAMES[module, name]
+        return _BATCH_NAMES[module, name]
 
 
 def read_cifar_batch(file: BinaryIO, label_key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """A data set made in memory, for tests, demonstrations and machines without a network.
 
-An image is the pattern of its class, a coarse mosaic, shifted by a few pixels, under heavy noise. A
-small convolutional network learns it within seconds, and a linear one does worse, because of the
-shifts.
+An image is the pattern of its class, a mosaic of dark and bright tiles, moved around its own edges by
+any number of pixels and covered with noise. As many tiles are dark as bright in every channel of
+every class, so that only how they lie tells the classes apart: a linear network stays at chance,
+a small convolutional one passes 90 % within a few epochs (`tests/test_data.py` holds it to both).
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ from distcv.data.readers import Arrays
 
 _KEY = 20
 _TILES = 4  # a pattern is 4x4 tiles, whatever the size of the image
+_CONTRAST = 32  # of the tiles about mid-grey; the noise has a standard deviation of 52
 _CHUNK = 500  # images made at once, which bounds the int16 intermediates
 
 
@@ -29,7 +31,10 @@ def make_arrays(info: DatasetInfo) -> Arrays:
         return raw.view(np.uint8)[:count].reshape(shape).astype(np.int16)
 
     channels, height, width = info.shape
-    tiles = 64 + random_bytes(len(info.classes), channels, _TILES, _TILES) // 2
+    size = _TILES * _TILES
+    order = np.argsort(random_bytes(len(info.classes), channels, size), axis=-1, kind="stable")
+    tiles = np.where(order < size // 2, 128 - _CONTRAST, 128 + _CONTRAST)
+    tiles = tiles.reshape(-1, channels, _TILES, _TILES).astype(np.int16)
     rows, columns = np.arange(height), np.arange(width)
     patterns = tiles[:, :, rows * _TILES // height][..., columns * _TILES // width]
 
@@ -40,8 +45,7 @@ def make_arrays(info: DatasetInfo) -> Arrays:
     for start in range(0, count, _CHUNK):
         label = labels[start : start + _CHUNK, None, None, None]
         size = len(label)
-        down = random_bytes(size, 1) % (height // 4 + 1)
-        right = random_bytes(size, 1) % (width // 4 + 1)
+        down, right = random_bytes(size, 1) % height, random_bytes(size, 1) % width
         row = ((rows + down) % height)[:, None, :, None]
         column = ((columns + right) % width)[:, None, None, :]
         noise = random_bytes(size, *info.shape) + random_bytes(size, *info.shape) - 255

@@ -1,0 +1,97 @@
+"""Fetch a data set and look at it: ``python -m distcv.data --dataset cifar10 --show samples.png``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from distcv.config import (
+    InputError,
+    Recipe,
+    Strict,
+    load_recipe,
+    nearest,
+    parse_arguments,
+    recipe_names,
+    run_command,
+)
+from distcv.data import DATASETS, load_dataset
+from distcv.environment import set_thread_environment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distcv.data import ImageData
+
+COLUMNS = 10  # samples in a row of the picture
+
+
+class Arguments(Strict):
+    """The flags of ``distcv.data``."""
+
+    dataset: str = Field("mnist", description="The data set, by its name.")
+    data_dir: Path = Field(Path("data"), description="Folder in which data sets are kept.")
+    show: Path | None = Field(
+        None, description="Write samples to this PNG: one of each class raw, below it augmented."
+    )
+    recipe: str | None = Field(
+        None, description="Recipe whose augmentation is shown; default: the first for this data."
+    )
+    rows: int = Field(4, ge=1, le=100, description="Augmented versions of each sample.")
+
+
+def main() -> None:
+    """Load the set, say what it holds, and draw samples if asked to."""
+    arguments = parse_arguments(
+        Arguments, prog="distcv.data", description="Fetch a data set, verify it, and look at it."
+    )
+    name = arguments.dataset
+    if name not in DATASETS:
+        raise InputError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}")
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else _recipe_for(name)
+    set_thread_environment()
+    data = load_dataset(name, arguments.data_dir)
+    channels, height, width = data.train_images.shape[1:]
+    print(
+        f"{name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images, "
+        f"{channels}x{height}x{width}, classes: {', '.join(data.info.classes)}"
+    )
+    if arguments.show:
+        _write_picture(arguments.show, data, recipe, arguments.rows)
+        print(f"samples as recipe {recipe.model} augments them: {arguments.show}")
+
+
+def _recipe_for(dataset: str) -> Recipe:
+    """The recipe with most epochs among those for this data, else no augmentation at all."""
+    own = [r for r in map(load_recipe, recipe_names()) if r.dataset == dataset]
+    return max(own, key=lambda r: r.epochs, default=Recipe(dataset=dataset))
+
+
+def _write_picture(path: Path, data: "ImageData", recipe: Recipe, rows: int) -> None:
+    """A grid: the first training sample of each of the first classes, raw, then augmented."""
+    import torch
+    from torchvision.utils import save_image
+
+    from distcv.augment import Augmenter
+    from distcv.data.loading import ResidentImages
+
+    images = ResidentImages(data.train_images, data.train_labels, torch.device("cpu"))
+    shown = range(min(COLUMNS, len(data.info.classes)))
+    ids = torch.tensor([int((data.train_labels == k).nonzero()[0]) for k in shown])
+    batch = images.__getitems__(ids)
+    augment = Augmenter(recipe, images, data.info)
+
+    def visible(inputs: "Tensor") -> "Tensor":
+        return ((inputs / augment.normalize.inverse + augment.normalize.mean) / 255).clamp(0, 1)
+
+    drawn = [augment(batch, epoch)[0] for epoch in range(rows)]
+    grid = torch.cat([batch.images / 255, *map(visible, drawn)])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(grid, path, nrow=len(shown), padding=2, pad_value=0.5)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--show {path}: {error}: give the name of a .png file") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,140 @@
+"""Fixtures that more than one test file uses: the real data, and servers on the loopback."""
+
+import contextlib
+import gzip
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from distcv.data import DATASETS
+from distcv.data.cache import load_arrays
+from distcv.data.readers import Arrays, idx_header
+
+DEAD = "http://127.0.0.1:9/"  # the discard port, where nobody listens
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real data sets, which are fetched into it when a test first asks for them.
+
+    It is `data/` beside `tests/`, unless DISTCV_TEST_DATA names another.
+    """
+    default = Path(__file__).resolve().parents[1] / "data"
+    return Path(os.environ.get("DISTCV_TEST_DATA", default))
+
+
+@pytest.fixture(scope="session")
+def mnist(data_dir: Path) -> Arrays:
+    """The real MNIST, fetched if it must be from wherever it can be had."""
+    return load_arrays(DATASETS["mnist"], data_dir, print)
+
+
+@pytest.fixture(scope="session")
+def cifar10(data_dir: Path) -> Arrays:
+    """The real CIFAR-10, likewise."""
+    return load_arrays(DATASETS["cifar10"], data_dir, print)
+
+
+@pytest.fixture(scope="session")
+def mnist_idx(mnist: Arrays) -> dict[str, bytes]:
+    """The four original files of MNIST, not zipped, by their names."""
+    names = [name.removesuffix(".gz") for name, _ in DATASETS["mnist"].files]
+    return {
+        name: idx_header(tuple(n for n in array.shape if n > 1)) + array.tobytes()
+        for name, array in zip(names, mnist, strict=True)
+    }
+
+
+@pytest.fixture(scope="session")
+def mnist_gz(mnist_idx: dict[str, bytes]) -> dict[str, bytes]:
+    """The four original files of MNIST, zipped anew."""
+    return {f"{name}.gz": gzip.compress(data, 1) for name, data in mnist_idx.items()}
+
+
+class Loopback(ThreadingHTTPServer):
+    """Serves bytes by their paths on 127.0.0.1, counts requests, and can stall on purpose.
+
+    With `stall_after` set, each answer stops after so many bytes of its body (and at 0 before its
+    first header) until `go_on` is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files = files
+        self.requests: Counter[str] = Counter()
+        self.stall_after: int | None = None
+        self.stalled, self.go_on = threading.Event(), threading.Event()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients that hang up, or are killed, are part of the tests
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Loopback
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.requests[self.path] += 1
+        body = server.files.get(self.path)
+        if body is None:
+            self.send_error(404)
+            return
+        if server.stall_after == 0:
+            self._stall()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.stall_after is not None:
+            self.wfile.write(body[: server.stall_after])
+            self._stall()
+            body = body[server.stall_after :]
+        self.wfile.write(body)
+
+    def _stall(self) -> None:
+        self.server.stalled.set()
+        self.server.go_on.wait()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+Serve = Callable[[dict[str, bytes]], Loopback]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """A function that starts a `Loopback` server with these files; it ends with the test."""
+    with contextlib.ExitStack() as at_the_end:
+
+        def start(files: dict[str, bytes]) -> Loopback:
+            server = Loopback(files)
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            at_the_end.callback(server.server_close)
+            at_the_end.callback(server.shutdown)
+            at_the_end.callback(server.go_on.set)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No npm, no mirror, and home sites that refuse the connection."""
+    from torchvision import datasets
+
+    empty = tmp_path / "empty-path"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+    monkeypatch.delenv("DISTCV_MIRROR", raising=False)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [DEAD])
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [DEAD])
+    monkeypatch.setattr(datasets.CIFAR10, "url", DEAD + datasets.CIFAR10.filename)
+    monkeypatch.setattr(datasets.CIFAR100, "url", DEAD + datasets.CIFAR100.filename)

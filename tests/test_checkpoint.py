@@ -1,0 +1,186 @@
+"""Checkpoints: what goes in comes out, and what is damaged is noticed and kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from distcv import checkpoint
+from distcv.checkpoint import Checkpoint
+from distcv.config import Recipe
+from distcv.models import build_model
+from distcv.optim import OPTIMIZERS
+
+STATE = {"progress": {"step": 3, "seconds": 0.1}, "seed": 7}
+
+
+def example(value: float = 1.0) -> Checkpoint:
+    return Checkpoint(
+        {"model": {"w": torch.full((3, 4), value)}, "optimizer": {"w:m": torch.arange(5)}}, STATE
+    )
+
+
+def complaints() -> tuple[list[str], object]:
+    said: list[str] = []
+    return said, said.append
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 3, example())
+    said, report = complaints()
+    found = checkpoint.newest(tmp_path, report)  # type: ignore[arg-type]
+    assert found == tmp_path / "step-00000003" and not said
+    held = checkpoint.load(found)
+    assert held.state == STATE
+    assert torch.equal(held.tensors["model"]["w"], torch.ones(3, 4))
+    assert torch.equal(held.tensors["optimizer"]["w:m"], torch.arange(5))
+    files = {path.name for path in found.iterdir()}
+    assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_optimizer_state_goes_round_under_plain_names(name: str, tmp_path: Path) -> None:
+    recipe = Recipe(optimizer=name, lr=0.01)  # type: ignore[arg-type]
+
+    def built() -> tuple[torch.nn.Module, torch.optim.Optimizer, list[str]]:
+        torch.manual_seed(0)
+        model = build_model("gap", channels=1, classes=10)
+        optimizer = OPTIMIZERS[name](model, recipe)
+        return model, optimizer, checkpoint.parameter_names(model, optimizer)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        model(torch.randn(8, 1, 28, 28)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer, names = built()
+    step(model, optimizer, 1)
+    tensors = checkpoint.optimizer_tensors(optimizer, names)
+    assert {key.rsplit(":", 1)[0] for key in tensors} == {n for n, _ in model.named_parameters()}
+    checkpoint.save(
+        tmp_path, 1, Checkpoint({"model": model.state_dict(), "optimizer": tensors}, {})
+    )
+
+    held = checkpoint.load(tmp_path / "step-00000001")
+    again, again_optimizer, again_names = built()
+    again.load_state_dict(held.tensors["model"])
+    checkpoint.load_optimizer_tensors(again_optimizer, again_names, held.tensors["optimizer"])
+    step(model, optimizer, 2)
+    step(again, again_optimizer, 2)
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped byte in the weights": lambda path: flip_a_byte(path / "model.safetensors"),
+    "flipped byte in the optimizer": lambda path: flip_a_byte(path / "optimizer.safetensors"),
+    "truncated": lambda path: (path / "model.safetensors").write_bytes(b"short"),
+    "state missing": lambda path: (path / "state.json").unlink(),
+    "state changed": lambda path: (path / "state.json").write_text("{}"),
+    "manifest missing": lambda path: (path / "MANIFEST.json").unlink(),
+    "manifest is no JSON": lambda path: (path / "MANIFEST.json").write_text("{"),
+    "manifest is a list": lambda path: (path / "MANIFEST.json").write_text("[1]"),
+    "manifest entry of another form": lambda path: (path / "MANIFEST.json").write_text(
+        json.dumps({p.name: 3 for p in path.iterdir() if p.name != "MANIFEST.json"})
+    ),
+    "a file more": lambda path: (path / "extra.safetensors").write_bytes(b""),
+    "empty": lambda path: [p.unlink() for p in path.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
+    damage: str, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path, 10, example(1.0))
+    checkpoint.save(tmp_path, 20, example(2.0))
+    DAMAGE[damage](tmp_path / "step-00000020")
+    said, report = complaints()
+    found = checkpoint.newest(tmp_path, report)  # type: ignore[arg-type]
+    assert found == tmp_path / "step-00000010"
+    assert len(said) == 1 and "step-00000020" in said[0]
+    assert (tmp_path / "bad-step-00000020").is_dir(), "never deleted silently"
+    assert checkpoint.steps(tmp_path) == [10]
+
+
+def test_junk_is_ignored_and_nothing_found_is_none(tmp_path: Path) -> None:
+    said, report = complaints()
+    assert checkpoint.newest(tmp_path / "not there", report) is None  # type: ignore[arg-type]
+    (tmp_path / "step-x").mkdir()
+    (tmp_path / ".step-00000009.123").mkdir()
+    (tmp_path / "step-00000007").write_text("a file")
+    assert checkpoint.newest(tmp_path, report) is None  # type: ignore[arg-type]
+    assert not said
+
+
+def test_a_failed_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, 1, example())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, 2, example())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_everything_is_synced_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    sync, rename = checkpoint._sync, Path.rename
+    monkeypatch.setattr(checkpoint, "_sync", lambda p: (events.append(p.name), sync(p)))
+    monkeypatch.setattr(Path, "rename", lambda p, to: (events.append("rename"), rename(p, to))[1])
+    checkpoint.save(tmp_path, 1, example())
+    at = events.index("rename")
+    assert set(events[: at - 2]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert events[at - 2] == "MANIFEST.json" and events[at - 1].startswith(".step-")
+    assert events[at + 1 :] == [tmp_path.name]
+
+
+def test_saving_a_step_again_keeps_the_old_one_aside(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, example(1.0))
+    path = checkpoint.save(tmp_path, 1, example(2.0))
+    assert float(checkpoint.load(path).tensors["model"]["w"][0, 0]) == 2.0
+    assert checkpoint.damage(tmp_path / "replaced-step-00000001") is None
+
+
+def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        checkpoint.save(tmp_path, step, example())
+    (tmp_path / ".step-00000006.99").mkdir()
+    checkpoint.prune(tmp_path, keep={2, None})
+    assert checkpoint.steps(tmp_path) == [2, 4, 5]
+    assert not (tmp_path / ".step-00000006.99").exists()
+
+
+def test_tensors_in_any_memory_format(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    path = checkpoint.save(tmp_path, 1, Checkpoint({"model": {"w": weight}}, {}))
+    assert torch.equal(checkpoint.load(path).tensors["model"]["w"], weight)
+
+
+def test_no_code_is_executed(tmp_path: Path) -> None:
+    """A pickle where a safetensors file should be is refused even with a matching manifest."""
+    path = checkpoint.save(tmp_path, 1, example())
+    torch.save({"w": torch.ones(1)}, path / "model.safetensors")
+    shutil.copy(path / "MANIFEST.json", tmp_path / "old.json")
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    file = path / "model.safetensors"
+    manifest[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert checkpoint.damage(path) is None
+    with pytest.raises(Exception, match=r"(?i)header"):
+        checkpoint.load(path)

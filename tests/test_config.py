@@ -1,0 +1,179 @@
+"""Recipes, flags and what is said when they are wrong."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distcv.config import (
+    GROUPS,
+    InputError,
+    Recipe,
+    load_recipe,
+    nearest,
+    read_command_line,
+    recipe_names,
+    resource_dir,
+)
+from distcv.data import DATASETS
+from distcv.models import MODELS, find_model
+
+TRAIN = [sys.executable, "-m", "distcv.train"]
+
+
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TRAIN, *flags], capture_output=True, text=True, timeout=60)
+
+
+def read(*flags: str) -> tuple[Recipe, object]:
+    return read_command_line(prog="distcv.train", description="", models=MODELS, args=list(flags))
+
+
+def test_every_model_has_a_recipe_of_its_name() -> None:
+    assert set(MODELS) <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_are_valid_and_have_a_head(name: str) -> None:
+    recipe = load_recipe(name)
+    find_model(recipe.model)
+    assert recipe.dataset in DATASETS
+    text = (resource_dir("configs") / f"{name}.yaml").read_text()
+    command = re.search(r"^# Command: .*?(--(?:model|recipe) .*)$", text, re.MULTILINE)
+    assert command is not None
+    assert read(*command[1].split())[0] == recipe, "the head's command must pick this very file"
+    assert re.search(r"^# (Accuracy|Document): ", text, re.MULTILINE)
+
+
+def test_no_field_stands_in_two_groups() -> None:
+    fields = [field for group in GROUPS.values() for field in group.model_fields]
+    assert sorted(fields) == sorted(set(fields)) == sorted(Recipe.model_fields)
+
+
+def test_yaml_goes_round(tmp_path: Path) -> None:
+    recipe = load_recipe("resnet18_document")
+    changed = recipe.model_copy(update={"lr_milestones": (3, 5), "clip_norm": 0.5})
+    path = tmp_path / "mine.yaml"
+    path.write_text(changed.to_yaml())
+    assert load_recipe(path) == changed
+    assert load_recipe(path).sha256 == changed.sha256 != recipe.sha256
+
+
+def test_a_recipe_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe("gap").lr = 1.0  # type: ignore[misc]
+
+
+def test_flags_win_over_the_recipe_of_the_model() -> None:
+    recipe, _ = read("--model", "resnet18", "--lr=0.3", "--no-nesterov", "--epochs", "7")
+    assert (recipe.lr, recipe.nesterov, recipe.epochs) == (0.3, False, 7)
+    assert recipe.batch_size == load_recipe("resnet18").batch_size
+
+
+def test_recipe_wins_over_model_for_the_start_and_model_over_it_as_a_flag() -> None:
+    recipe, _ = read("--recipe", "gap_9k_document", "--model", "gap_8k")
+    assert recipe == load_recipe("gap_9k_document").model_copy(update={"model": "gap_8k"})
+
+
+def test_print_config_can_be_fed_back(tmp_path: Path) -> None:
+    printed = run("--model", "vgg8", "--lr", "1e-3", "--lr-milestones", "2", "4", "--print-config")
+    assert printed.returncode == 0, printed.stderr
+    path = tmp_path / "again.yaml"
+    path.write_text(printed.stdout)
+    again = run("--recipe", str(path), "--print-config")
+    assert again.stdout == printed.stdout
+    assert yaml.safe_load(again.stdout)["lr_milestones"] == [2, 4]
+
+
+def test_help_is_grouped_complete_quick_and_without_torch() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shown = run("--help")
+        seconds.append(time.perf_counter() - began)
+    assert shown.returncode == 0
+    assert min(seconds) < 0.8
+    for heading in ["model", "training", "optimizer", "schedule", "augmentation", "run"]:
+        assert f"{heading} options" in shown.stdout
+    for group in GROUPS.values():
+        for field, info in group.model_fields.items():
+            assert f"--{field.replace('_', '-')}" in shown.stdout
+            assert info.description and info.description.endswith("."), field
+    modules = "import sys, distcv.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", modules]).returncode == 0
+
+
+STABLE = (
+    "model recipe dataset epochs max-steps batch-size lr seed name runs-dir data-dir track "
+    "precision compile"
+).split()
+
+
+def test_stable_flags() -> None:
+    shown = run("--help").stdout.replace(",", " ")
+    assert [flag for flag in STABLE if f"--{flag} " not in shown] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--epoch 3", "did you mean '--epochs'"),
+        ("--bach-size=3", "did you mean '--batch-size'"),
+        ("--model resnet81", "did you mean 'resnet18'"),
+        ("--recipe resnet18_documnt", "did you mean 'resnet18_document'"),
+        ("--dataset cifar", "did you mean 'cifar10'"),
+        ("--epochs 0", "--epochs 0: input should be greater than or equal to 1"),
+        ("--epochs many", "--epochs"),
+        ("--lr nan", "--lr nan: input should be a finite number"),
+        ("--lr", "--lr"),
+        ("--precision fp8", "'fp32', 'bf16', 'fp16'"),
+        ("--mixup 1 --cutmix 1", "choose one"),
+        ("--schedule multistep", "lr_milestones"),
+        ("--warmup 1.5", "--warmup 1.5: input should be less than or equal to 1"),
+        ("--track mlflow", "wandb"),
+        ("--model plain --dropout 0.1 --data-dir {data} --runs-dir {tmp}", "no dropout"),
+        ("extra", "extra"),
+        ("--recipe {tmp}/unknown_key.yaml", "unknown key 'batchsize': did you mean 'batch_size'"),
+        ("--recipe {tmp}/no_mapping.yaml", "mapping"),
+        ("--recipe {tmp}/no_yaml.yaml", "not a readable YAML"),
+        ("--recipe {tmp}/wrong_value.yaml", "batch_size = 'big'"),
+        ("--model plain --dataset cifar10 --data-dir {data} --runs-dir {tmp}", "28x28"),
+        ("--batch-size 70000 --data-dir {data} --runs-dir {tmp}", "60000 training samples"),
+        ("--precision fp16 --data-dir {data} --runs-dir {tmp}", "CUDA"),
+        ("--runs-dir /dev/null/x --data-dir {data}", "runs-dir"),
+    ],
+)
+def test_wrong_input_gets_one_line_and_exit_code_2(
+    flags: str, said: str, tmp_path: Path, data_dir: Path, mnist: object, cifar10: object
+) -> None:
+    (tmp_path / "unknown_key.yaml").write_text("batchsize: 3\n")
+    (tmp_path / "no_mapping.yaml").write_text("- 1\n")
+    (tmp_path / "no_yaml.yaml").write_text("a: [\n")
+    (tmp_path / "wrong_value.yaml").write_text("batch_size: big\n")
+    ended = run(*flags.format(tmp=tmp_path, data=data_dir).split())
+    assert ended.returncode == 2, ended.stderr
+    assert said in ended.stderr
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shell_completion(shell: str) -> None:
+    script = run("--tyro-print-completion", shell)
+    assert script.returncode == 0
+    assert "--batch-size" in script.stdout
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script.stdout, text=True).returncode == 0
+
+
+def test_nearest_prefers_a_beginning() -> None:
+    assert "'optimizer'" in nearest("opt", ["dropout", "optimizer"])
+    assert nearest("zzz", ["a", "b"]) == "choose from a, b"
+
+
+def test_a_missing_recipe_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"no recipe 'mine/x\.yaml'"):
+        load_recipe("mine/x.yaml")

@@ -1,0 +1,134 @@
+"""Optimizers, learning rates, moving average."""
+
+import pytest
+import torch
+from torch import nn
+
+from distcv.config import Recipe
+from distcv.models import build_model
+from distcv.optim import OPTIMIZERS, MovingAverage, lr_at, parameter_groups
+
+
+def rates(total: int = 60, per_epoch: int = 6, **fields: object) -> list[float]:
+    recipe = Recipe(epochs=10, lr=0.5, **fields)  # type: ignore[arg-type]
+    return [lr_at(step, recipe, per_epoch, total) for step in range(total)]
+
+
+def torch_rates(make: object, total: int = 60, per_epoch: int = 6) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = make(optimizer)  # type: ignore[operator]
+    found = []
+    for _ in range(total // per_epoch):
+        found += [optimizer.param_groups[0]["lr"]] * per_epoch
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_step_and_multistep_are_torch_s() -> None:
+    S = torch.optim.lr_scheduler
+    assert rates(schedule="step", lr_step_epochs=3, lr_gamma=0.1) == pytest.approx(
+        torch_rates(lambda o: S.StepLR(o, 3, 0.1))
+    )
+    assert rates(schedule="multistep", lr_milestones=(2, 7), lr_gamma=0.5) == pytest.approx(
+        torch_rates(lambda o: S.MultiStepLR(o, [2, 7], 0.5))
+    )
+
+
+def test_cosine_is_torch_s() -> None:
+    S = torch.optim.lr_scheduler
+    expected = torch_rates(lambda o: S.CosineAnnealingLR(o, 60, eta_min=0.05), per_epoch=1)
+    assert rates(schedule="cosine", final_lr_factor=0.1) == pytest.approx(expected)
+
+
+def test_onecycle_is_a_triangle() -> None:
+    lr = rates(schedule="onecycle", warmup=0.2, initial_lr_factor=0.1)
+    assert lr[0] > 0.05 and max(lr) == lr[12] == 0.5
+    rises, falls = lr[:13], lr[12:]
+    assert rises == sorted(rises) and falls == sorted(falls, reverse=True)
+    steps = {round(a - b, 9) for a, b in zip(falls, falls[1:], strict=False)}
+    assert len(steps) == 1, "straight down"
+    assert 0 < lr[-1] < 0.02
+
+
+def test_constant_and_warmup_never_give_zero() -> None:
+    assert set(rates(schedule="constant")) == {0.5}
+    assert min(rates(schedule="constant", warmup=1.0)) > 0
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_each_optimizer_learns(name: str) -> None:
+    torch.manual_seed(0)
+    recipe = Recipe(optimizer=name, lr=0.02, weight_decay=1e-3)  # type: ignore[arg-type]
+    model = build_model("gap", channels=1, classes=10)
+    optimizer = OPTIMIZERS[name](model, recipe)
+    x, y = torch.randn(32, 1, 28, 28), torch.arange(32) % 10
+    losses = []
+    for _ in range(12):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format() -> None:
+    recipe = Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = build_model("resnet18", channels=3, classes=10).to(memory_format=memory_format)
+        weight = dict(model.named_parameters())[_hidden(model)]
+        optimizer = OPTIMIZERS["muon"](model, recipe)
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.grad = (
+                torch.randn(p.shape).to(memory_format=memory_format)
+                if p.ndim == 4
+                else torch.randn(p.shape)
+            )
+        before = weight.detach().contiguous().flatten(1).clone()
+        reference = nn.Parameter(before.clone())
+        reference.grad = weight.grad.contiguous().flatten(1).clone()
+        theirs = torch.optim.Muon(
+            [reference], lr=0.02, weight_decay=1e-2, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizer.step()
+        theirs.step()
+        # Newton and Schulz's iteration runs in bf16, where the order of columns matters a little.
+        moved, expected = (
+            weight.detach().contiguous().flatten(1) - before,
+            reference.detach() - before,
+        )
+        assert float((moved - expected).norm() / expected.norm()) < 0.02
+
+
+def _hidden(model: nn.Module) -> str:
+    return [name for name, p in model.named_parameters() if p.ndim == 4][5]
+
+
+def test_weight_decay_spares_vectors_unless_asked() -> None:
+    model = build_model("resnet18", channels=3, classes=10)
+    decayed, spared = parameter_groups(model, Recipe(weight_decay=0.1))
+    assert {p.ndim for p in spared["params"]} == {1} and spared["weight_decay"] == 0
+    assert min(p.ndim for p in decayed["params"]) == 2 and decayed["weight_decay"] == 0.1
+    (everything,) = parameter_groups(model, Recipe(weight_decay=0.1, decay_norm_and_bias=True))
+    assert len(everything["params"]) == len(list(model.parameters()))
+
+
+def test_moving_average_follows_the_weights_and_swaps_back() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    average = MovingAverage(model, decay=0.5)
+    weight = next(model.parameters())
+    expected = float(weight.detach())
+    for step in range(8):
+        with torch.no_grad():
+            weight.fill_(float(step))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(average.average["0.weight"]) == pytest.approx(expected, rel=1e-5)
+    average.swap()
+    assert float(weight.detach()) == pytest.approx(expected, rel=1e-5)
+    average.swap()
+    assert float(weight.detach()) == 7.0

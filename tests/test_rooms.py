@@ -1,0 +1,79 @@
+"""The house: imports go down only, and only one room knows Accelerate and DeepSpeed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distcv
+
+PACKAGE = Path(distcv.__file__).parent
+FLOORS = {
+    "__init__": 0, "config": 0, "environment": 0,
+    "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "optim": 1,
+    "runtime": 2,
+    "checkpoint": 3, "tracking": 3, "preempt": 3,
+    "loop": 4,
+    "train": 5, "summary": 5, "data.__main__": 5,
+}  # fmt: skip
+
+
+def room_of(module: str) -> str:
+    return module if module in FLOORS else module.split(".")[0]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and parts[:-1] else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported anywhere in a file, also in functions and for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_go_down_only(module: str) -> None:
+    here = room_of(module)
+    assert here in FLOORS, f"{module} stands on no floor: give it one in this table"
+    for name in imports(modules()[module]):
+        if name.startswith("distcv."):
+            there = room_of(name.removeprefix("distcv."))
+            if there in FLOORS and there != here:
+                assert FLOORS[there] <= FLOORS[here], f"{module} imports {name} from above"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_only_the_runtime_knows_accelerate(module: str) -> None:
+    known = {name.split(".")[0] for name in imports(modules()[module])}
+    if module != "runtime":
+        assert not known & {"accelerate", "deepspeed"}
+
+
+def test_a_room_from_above_would_be_seen(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("def f():\n    from distcv.loop import evaluate\n")
+    assert "distcv.loop" in imports(path)
+
+
+@pytest.mark.parametrize("module", ["config", "environment", "models", "data", "train", "summary"])
+def test_what_is_read_before_the_work_does_not_load_torch(module: str) -> None:
+    code = f"import sys, distcv.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_rooms_stay_small() -> None:
+    for module, path in modules().items():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 450, f"{module} has {lines} lines: what is it doing?"
