@@ -36,7 +36,7 @@ def test_same_bits_on_the_gpu() -> None:
 def test_uniform_looks_uniform_and_independent() -> None:
     u = uniform(hash_int(0, 1), torch.arange(1_000_000))
     v = uniform(hash_int(0, 2), torch.arange(1_000_000))
-    assert 0 <= float(u.min()) and float(u.max()) < 1
+    assert float(u.min()) >= 0 and float(u.max()) < 1
     counts = torch.histc(u, bins=100, min=0, max=1)
     chi2 = float(((counts - 10_000) ** 2 / 10_000).sum())
     assert 50 < chi2 < 160, "99 degrees of freedom: far outside by less than one chance in 10,000"

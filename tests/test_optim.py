@@ -1,5 +1,7 @@
 """Optimizers, learning rates, moving average."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -26,18 +28,18 @@ def torch_rates(make: object, total: int = 60, per_epoch: int = 6) -> list[float
 
 
 def test_step_and_multistep_are_torch_s() -> None:
-    S = torch.optim.lr_scheduler
+    schedulers = torch.optim.lr_scheduler
     assert rates(schedule="step", lr_step_epochs=3, lr_gamma=0.1) == pytest.approx(
-        torch_rates(lambda o: S.StepLR(o, 3, 0.1))
+        torch_rates(lambda o: schedulers.StepLR(o, 3, 0.1))
     )
     assert rates(schedule="multistep", lr_milestones=(2, 7), lr_gamma=0.5) == pytest.approx(
-        torch_rates(lambda o: S.MultiStepLR(o, [2, 7], 0.5))
+        torch_rates(lambda o: schedulers.MultiStepLR(o, [2, 7], 0.5))
     )
 
 
 def test_cosine_is_torch_s() -> None:
-    S = torch.optim.lr_scheduler
-    expected = torch_rates(lambda o: S.CosineAnnealingLR(o, 60, eta_min=0.05), per_epoch=1)
+    schedulers = torch.optim.lr_scheduler
+    expected = torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 60, eta_min=0.05), per_epoch=1)
     assert rates(schedule="cosine", final_lr_factor=0.1) == pytest.approx(expected)
 
 
@@ -46,7 +48,7 @@ def test_onecycle_is_a_triangle() -> None:
     assert lr[0] > 0.05 and max(lr) == lr[12] == 0.5
     rises, falls = lr[:13], lr[12:]
     assert rises == sorted(rises) and falls == sorted(falls, reverse=True)
-    steps = {round(a - b, 9) for a, b in zip(falls, falls[1:], strict=False)}
+    steps = {round(a - b, 9) for a, b in itertools.pairwise(falls)}
     assert len(steps) == 1, "straight down"
     assert 0 < lr[-1] < 0.02
 

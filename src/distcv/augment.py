@@ -116,7 +116,10 @@ def trivial_augment(images: Tensor, recipe: Recipe, chance: Chance) -> Tensor:
 
 def _affine(image: Tensor, *, angle: float = 0.0, shift: tuple[int, int] = (0, 0),
             shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:  # fmt: skip
-    return TF.affine(image, angle=angle, translate=list(shift), scale=1.0, shear=list(shear))
+    moved: Tensor = TF.affine(
+        image, angle=angle, translate=list(shift), scale=1.0, shear=list(shear)
+    )
+    return moved
 
 
 # Each takes images and a strength in -1 … 1; those without direction use its size alone.

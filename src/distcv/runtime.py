@@ -167,7 +167,11 @@ class Runtime:
     def start_trackers(
         self, names: Sequence[str], project: str, folder: Path, options: dict[str, dict[str, Any]]
     ) -> None:
-        """Start these of Accelerate's trackers on the main process; files go to ``folder``."""
+        """Start these of Accelerate's trackers on the main process; TensorBoard writes to ``folder``.
+
+        Raises whatever a tracker raises; a second call then starts all of them anew.
+        """
+        self.accelerator.trackers.clear()
         self.accelerator.project_configuration.logging_dir = str(folder)
         self.accelerator.log_with = [LoggerType(name) for name in names]
         self.accelerator.init_trackers(project, init_kwargs=options)

@@ -184,36 +184,25 @@ class Trackers:
         options: RunOptions,
         console: Console,
     ) -> None:
-        self.runtime, self.names = runtime, options.track
-        if "wandb" in options.track:
-            settings = _wandb_settings(folder, recipe, options) if runtime.is_main else {}
-            self._start("wandb", options, folder, {"wandb": settings}, console)
+        self.runtime = runtime
+        self.names = sorted(options.track, reverse=True)  # W&B first: only it can fail to start
+        init: dict[str, dict[str, Any]] = {}
+        if "wandb" in self.names and runtime.is_main:
+            init["wandb"] = _wandb_settings(folder, recipe, options)
+        try:
+            runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)
+        except Exception as error:  # a dead server must not end a training
+            console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
+            _go_offline(init["wandb"])
+            runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)
+        if "wandb" in self.names:
             run = runtime.tracker("wandb")
             run.define_metric("epoch")
             run.define_metric("val/*", step_metric="epoch")
             run.define_metric("val/accuracy", step_metric="epoch", summary="max")
-        if "tensorboard" in options.track:
-            self._start("tensorboard", options, folder, {}, console)
+        if "tensorboard" in self.names:
             text = f"```yaml\n{recipe.to_yaml()}```"
             runtime.tracker("tensorboard").add_text("recipe", text, 0)
-
-    def _start(
-        self,
-        name: str,
-        options: RunOptions,
-        folder: RunFolder,
-        init: dict[str, dict[str, Any]],
-        console: Console,
-    ) -> None:
-        path = folder.path if name == "wandb" else folder.path / "tensorboard"
-        try:
-            self.runtime.start_trackers([name], options.project, path, init)
-        except Exception as error:  # a dead server must not end a training
-            if name != "wandb":
-                raise InputError(f"--track {name}: {error}: install it or leave it out") from None
-            console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
-            init["wandb"]["mode"] = "offline"
-            self.runtime.start_trackers([name], options.project, path, init)
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics.jsonl."""
@@ -254,6 +243,13 @@ def _wandb_settings(folder: RunFolder, recipe: Recipe, options: RunOptions) -> d
             init_timeout=15, finish_timeout=25, x_transaction_log_flush_interval=1
         ),
     }
+
+
+def _go_offline(settings: dict[str, Any]) -> None:
+    import wandb
+
+    wandb.teardown()  # its service still holds the run's id
+    settings["mode"] = "offline"
 
 
 def _has_wandb_key() -> bool:

@@ -1,4 +1,4 @@
-"""Fetch a data set and look at it: ``python -m distcv.data --dataset cifar10 --show samples.png``."""
+"""Fetch a data set and look at it: ``python -m distcv.data --dataset mnist --show samples.png``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

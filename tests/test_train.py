@@ -1,0 +1,365 @@
+"""Training as a user does it: whole runs as processes of their own, on real data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distcv import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = [sys.executable, "-m", "distcv.train"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+SHORT = ["--model", "gap", "--max-steps", "30", "--log-every", "10"]
+
+
+def launched(processes: int) -> list[str]:
+    """The command that starts this many processes through Accelerate on the CPU."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = ["--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes", str(processes)]
+    return [*launcher, *config]
+
+
+class Runs:
+    """Starts trainings whose run folders lie in one temporary folder."""
+
+    def __init__(self, folder: Path, data_dir: Path) -> None:
+        self.folder = folder
+        self.flags = ["--runs-dir", str(folder), "--data-dir", str(data_dir)]
+
+    def start(
+        self, name: str, *flags: str, command: list[str] = TRAIN, **env: str
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, "--name", name, *self.flags, *flags],
+            env=os.environ | ONE_THREAD | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, name: str, *flags: str, command: list[str] = TRAIN, expect: int = 0, **env: str
+    ) -> str:
+        """Run to the end; what it printed."""
+        process = self.start(name, *flags, command=command, **env)
+        out, err = process.communicate(timeout=540)
+        assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+        return out + err
+
+    def launch(self, name: str, processes: int, *flags: str) -> str:
+        return self.run(name, *flags, command=[*launched(processes), "-m", "distcv.train"])
+
+    def result(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / name / "result.json").read_text()))
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def learned(self, name: str) -> dict[str, str]:
+        """SHA-256 of each tensor file of the last checkpoint."""
+        folder = self.folder / name / "checkpoints"
+        last = folder / f"step-{checkpoint.steps(folder)[-1]:08d}"
+        manifest = json.loads((last / "MANIFEST.json").read_text())
+        return {k: v["sha256"] for k, v in manifest.items() if k.endswith(".safetensors")}
+
+    def untimed_rows(self, name: str) -> list[dict[str, Any]]:
+        timed = {"seconds", "images_per_second"}
+        return [{k: v for k, v in row.items() if k not in timed} for row in self.rows(name)]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object, cifar10: object
+) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), data_dir)
+
+
+@pytest.fixture(scope="module")
+def short(runs: Runs) -> str:
+    """A short finished run, and what it printed."""
+    return runs.run("short", *SHORT)
+
+
+def test_run_folder_holds_everything(runs: Runs, short: str) -> None:
+    folder = runs.folder / "short"
+    result = runs.result("short")
+    promised = (
+        "model params dataset seed epochs steps test_accuracy test_loss best_test_accuracy "
+        "best_epoch seconds images_per_second device processes strategy commit config_sha256"
+    ).split()
+    assert set(promised) <= set(result)
+    assert result["params"] == 9490 and result["steps"] == 30 and result["processes"] == 1
+    assert 10 < result["test_accuracy"] <= 100, "percent"
+    assert result["epochs"] == pytest.approx(30 / 468)
+    by_class = result["class_accuracy"]
+    assert list(by_class) == list("0123456789")
+    environment = json.loads((folder / "environment.json").read_text())
+    assert len(environment["starts"]) == 1
+    assert environment["starts"][0]["versions"]["torch"]
+    steps = [row["step"] for row in runs.rows("short") if row["event"] == "train"]
+    assert steps == [10, 20, 30]
+    last = runs.rows("short")[-1]
+    assert last["event"] == "epoch" and last["test_accuracy"] == result["test_accuracy"]
+    assert last["samples"] == 30 * 128
+    assert checkpoint.steps(folder / "checkpoints") == [30]
+    assert "test accuracy" in short and "epoch" in short and "\x1b" not in short
+
+
+def test_the_run_s_own_config_repeats_it_bit_for_bit(runs: Runs, short: str) -> None:
+    runs.run("again", "--recipe", str(runs.folder / "short/config.yaml"), "--log-every", "10")
+    assert runs.learned("again") == runs.learned("short")
+    assert runs.untimed_rows("again") == runs.untimed_rows("short")
+
+
+def test_another_seed_is_another_run(runs: Runs, short: str) -> None:
+    runs.run("seed1", *SHORT, "--seed", "1")
+    assert runs.learned("seed1") != runs.learned("short")
+
+
+def test_a_finished_run_is_not_trained_again(runs: Runs, short: str) -> None:
+    before = (runs.folder / "short/result.json").read_bytes()
+    assert "finished" in runs.run("short", *SHORT)
+    assert (runs.folder / "short/result.json").read_bytes() == before
+
+
+def test_a_run_folder_of_another_recipe_is_refused(runs: Runs, short: str) -> None:
+    said = runs.run("short", *SHORT, "--lr", "0.05", expect=2)
+    assert said.count("\n") == 1 and "lr 0.1, now it is 0.05" in said
+
+
+HARD = [
+    "--model", "gap", "--epochs", "1", "--max-steps", "120", "--log-every", "20",
+    "--checkpoint-every", "15", "--dropout", "0.1", "--ema-decay", "0.9", "--rotate", "10",
+    "--gradient-accumulation-steps", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs: Runs) -> None:
+    runs.run("whole", *HARD)
+
+
+def kill_when(runs: Runs, name: str, process: subprocess.Popen[str], step: int) -> None:
+    """SIGKILL a run once it has logged this step, which is not one of its checkpoints'."""
+    deadline = time.monotonic() + 120
+    metrics = runs.folder / name / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it should have been at work still"
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_bit_identical(runs: Runs, uninterrupted: None) -> None:
+    for step in (20, 40, 80):
+        kill_when(runs, "killed", runs.start("killed", *HARD), step)
+    assert "resuming after step" in runs.run("killed", *HARD)
+    assert runs.learned("killed") == runs.learned("whole")
+    assert "ema.safetensors" in runs.learned("killed")
+    assert runs.untimed_rows("killed") == runs.untimed_rows("whole"), "each row once"
+    starts = json.loads((runs.folder / "killed/environment.json").read_text())["starts"]
+    assert len(starts) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR2", "file"])
+def test_asked_to_stop_it_saves_and_goes_on_later(
+    how: str, runs: Runs, uninterrupted: None
+) -> None:
+    process = runs.start(how, *HARD)
+    metrics = runs.folder / how / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if how == "file":
+        (runs.folder / how / "STOP").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out + err
+    assert f"--name {how}" in out and "Traceback" not in err
+    runs.run(how, *HARD)
+    assert runs.learned(how) == runs.learned("whole")
+    assert runs.untimed_rows(how) == runs.untimed_rows("whole")
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(runs: Runs, uninterrupted: None) -> None:
+    kill_when(runs, "damaged", runs.start("damaged", *HARD), 60)
+    folder = runs.folder / "damaged/checkpoints"
+    newest = folder / f"step-{checkpoint.steps(folder)[-1]:08d}"
+    with (newest / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 255]))
+    said = runs.run("damaged", *HARD)
+    assert f"checkpoint {newest.name} is damaged" in said
+    assert (folder / f"bad-{newest.name}").is_dir()
+    assert runs.learned("damaged") == runs.learned("whole")
+
+
+def test_a_second_process_on_the_same_run_folder_is_refused(runs: Runs) -> None:
+    first = runs.start("shared", *SHORT[:2], "--max-steps", "400")
+    try:
+        lock = runs.folder / "shared/config.yaml"
+        while not lock.exists() and first.poll() is None:
+            time.sleep(0.02)
+        said = runs.run("shared", *SHORT[:2], "--max-steps", "400", expect=2)
+        assert "in use by another process" in said and said.count("\n") == 1
+    finally:
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_evaluate_every_sample_once(runs: Runs, processes: int) -> None:
+    said = runs.launch(f"p{processes}", processes, *SHORT)
+    result = runs.result(f"p{processes}")
+    assert result["processes"] == processes and result["strategy"] == "ddp"
+    assert f"{processes} processes on 1 node" in said
+    # Of exactly 10,000 samples, accuracy in percent is a whole number of hundredths.
+    assert round(result["test_accuracy"] * 100, 6) == round(result["test_accuracy"] * 100)
+    counts = {"0": 980, "1": 1135, "2": 1032, "3": 1010, "4": 982,
+              "5": 892, "6": 958, "7": 1028, "8": 974, "9": 1009}  # fmt: skip
+    right = sum(result["class_accuracy"][k] * n / 100 for k, n in counts.items())
+    assert right == pytest.approx(100 * result["test_accuracy"])
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_curve_as_one(runs: Runs) -> None:
+    """Without BatchNorm, whose statistics are each process's own, losses differ by rounding."""
+    flags = ["--model", "lighter", "--max-steps", "20", "--log-every", "1", "--batch-size", "129"]
+    runs.run("curve1", *flags)
+    runs.launch("curve2", 2, *flags)
+    runs.launch("curve2a", 2, *flags, "--gradient-accumulation-steps", "3")
+    one = [row["loss"] for row in runs.rows("curve1") if row["event"] == "train"]
+    for name in ("curve2", "curve2a"):
+        other = [row["loss"] for row in runs.rows(name) if row["event"] == "train"]
+        assert len(other) == 20
+        assert other == pytest.approx(one, rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_samples_that_one_sees(tmp_path: Path, data_dir: Path) -> None:
+    script, found = str(ROOT / "tests/sample_ids.py"), {}
+    for processes, command in ((1, [sys.executable]), (2, launched(2))):
+        out = tmp_path / f"{processes}.json"
+        arguments = [str(out), str(data_dir), "20", "--model", "gap", "--batch-size", "127"]
+        subprocess.run(
+            [*command, script, *arguments], check=True, env=os.environ | ONE_THREAD, timeout=120
+        )
+        found[processes] = json.loads(out.read_text())
+        assert found[processes]["processes"] == processes
+    assert found[1]["parts"] == found[2]["parts"]
+    assert {len(part) for part in found[1]["parts"]} == {127}
+
+
+@pytest.mark.slow
+def test_plain_torchrun_works_too(runs: Runs) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    runs.run("torchrun", *SHORT, command=[*command, "-m", "distcv.train"])
+    assert runs.result("torchrun")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_resnet18_on_cifar10_learns_in_60_steps(runs: Runs) -> None:
+    flags = ["--model", "resnet18", "--max-steps", "60", "--batch-size", "64", "--lr", "0.05"]
+    runs.run("resnet18", *flags, "--log-every", "15", OMP_NUM_THREADS="2")
+    losses = [row["loss"] for row in runs.rows("resnet18") if row["event"] == "train"]
+    result = runs.result("resnet18")
+    assert result["params"] == 11_173_962 and result["dataset"] == "cifar10"
+    assert losses[-1] < losses[0] - 0.15, losses
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_half_precision_follows_full_precision(precision: str, runs: Runs, short: str) -> None:
+    runs.run(precision, *SHORT, "--precision", precision)
+    full, half = (
+        [row["loss"] for row in runs.rows(name) if row["event"] == "train"]
+        for name in ("short", precision)
+    )
+    assert half != full
+    assert half == pytest.approx(full, rel=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same(runs: Runs, short: str) -> None:
+    runs.run("compiled", *SHORT, "--compile")
+    compiled, eager = (
+        [row["loss"] for row in runs.rows(name) if row["event"] == "train"]
+        for name in ("compiled", "short")
+    )
+    assert compiled == pytest.approx(eager, rel=1e-2)
+
+
+def test_synthetic_data_needs_no_file(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", tmp_path / "nothing")
+    runs.run("s", *SHORT[:2], "--dataset", "synthetic", "--max-steps", "60", "--warmup", "0.1")
+    assert runs.result("s")["test_accuracy"] > 50
+
+
+def test_trackers_offline_without_network_or_key(runs: Runs) -> None:
+    said = runs.run(
+        "tracked", *SHORT, "--track", "wandb", "tensorboard",
+        WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(runs.folder / "home"),
+    )  # fmt: skip
+    assert "Traceback" not in said
+    folder = runs.folder / "tracked"
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    events = list(folder.glob("tensorboard/**/events.out.tfevents.*"))
+    assert len(events) == 1
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(events[0].parent))
+    accumulator.Reload()
+    assert [e.step for e in accumulator.Scalars("train/loss")] == [10, 20, 30]
+    accuracy = accumulator.Scalars("val/accuracy")[0].value
+    assert accuracy == pytest.approx(runs.result("tracked")["test_accuracy"])
+
+
+def test_a_dead_wandb_server_does_not_end_the_training(runs: Runs) -> None:
+    said = runs.run(
+        "dead", *SHORT, "--track", "wandb", WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(runs.folder / "home"),
+    )  # fmt: skip
+    assert "going on offline" in said
+    assert list((runs.folder / "dead").glob("wandb/offline-run-*/*.wandb"))
+    assert runs.result("dead")["steps"] == 30
+
+
+def test_threads_are_chosen_unless_the_user_has(runs: Runs, tmp_path: Path) -> None:
+    code = (
+        "import os; from distcv.environment import *; set_thread_environment();"
+        "print(os.environ['OMP_NUM_THREADS'], os.environ.get('OMP_WAIT_POLICY'), available_cores())"
+    )
+
+    def chosen(**env: str) -> list[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env=clean | env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return ran.stdout.split()
+
+    threads, policy, cores = chosen()
+    assert threads == cores and policy == "PASSIVE"
+    assert chosen(LOCAL_WORLD_SIZE=cores)[0] == "1"
+    assert chosen(LOCAL_WORLD_SIZE="64")[0] == "1"
+    assert chosen(OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE")[:2] == ["3", "ACTIVE"]
+    assert chosen(GOMP_SPINCOUNT="100")[1] == "None"
