@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from distcv.config import read_command_line
+from distcv.command_line import read_command_line
 from distcv.data import load_dataset
 from distcv.models import MODELS
 from distcv.runtime import Runtime
-from distcv.train import build
+from distcv.training import build
 
 out, data_dir, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 recipe, _ = read_command_line(prog="", description="", models=MODELS, args=sys.argv[4:])

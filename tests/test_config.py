@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distcv.command_line import read_command_line
 from distcv.config import (
     GROUPS,
     InputError,
     Recipe,
     load_recipe,
     nearest,
-    read_command_line,
     recipe_names,
     resource_dir,
 )

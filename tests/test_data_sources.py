@@ -130,6 +130,7 @@ def test_a_mirror_that_sends_too_much_or_too_slowly(
 
 def test_a_mirror_that_hangs_up(tmp_path: Path, use_mirror: Callable[[str], None]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
         use_mirror(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
         def answer() -> None:

@@ -1,28 +1,21 @@
-"""The typed recipe: what is learned, read from YAML and the command line.
+"""The typed recipe: what is learned, in YAML and as flags.
 
 Nothing heavy is imported here, so that a wrong recipe is refused, and ``--help`` answered, before
 torch is loaded. A recipe is flat in YAML and on the command line (``lr: 0.1`` is ``--lr 0.1``);
 its fields are written in groups, which are the headings of ``--help``.
 """
 
-import contextlib
 import difflib
 import hashlib
-import io
 import json
-import os
-import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 T = TypeVar("T")
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -189,32 +182,6 @@ class Recipe(AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class RunOptions(Strict):
-    """Where a run's files go, how it is followed, and how it is executed."""
-
-    recipe: str | None = Field(
-        None, description="Recipe to start from: a YAML file or a name; default: the model's own."
-    )
-    name: str | None = Field(
-        None, description="Run name; naming an existing run resumes it. Default: model and time."
-    )
-    runs_dir: Path = Field(Path("runs"), description="Folder that holds the run folders.")
-    data_dir: Path = Field(Path("data"), description="Folder in which data sets are kept.")
-    track: tuple[Literal["wandb", "tensorboard"], ...] = Field(
-        (), description="Trackers that follow the run, beside metrics.jsonl."
-    )
-    project: str = Field("distcv", description="Project name in the tracker.")
-    compile: bool = Field(False, description="Compile the network with torch.compile.")
-    log_every: int = Field(20, ge=1, description="Steps between two rows of training metrics.")
-    checkpoint_every: int | None = Field(
-        None, ge=1, description="Steps between checkpoints, beside the one after every epoch."
-    )
-    keep_every: int | None = Field(
-        None, ge=1, description="Keep each checkpoint whose epoch is a multiple of this."
-    )
-    print_config: bool = Field(False, description="Print the resolved recipe as YAML and end.")
-
-
 def resource_dir(kind: str) -> Path:
     """Folder ``configs``, ``launch`` or ``slurm``: in the installed package, else in the clone."""
     packaged = PACKAGE / kind
@@ -256,10 +223,10 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         ) from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: a recipe is a mapping of fields, such as 'lr: 0.1'")
-    return _validated(lambda: Recipe.model_validate(fields), where=f"{path}: ")
+    return validated(lambda: Recipe.model_validate(fields), where=f"{path}: ")
 
 
-def _validated(build: Callable[[], T], where: str = "") -> T:
+def validated(build: Callable[[], T], where: str = "") -> T:
     """Call ``build``; turn pydantic's report into one line that names the field and the value."""
     try:
         return build()
@@ -274,150 +241,3 @@ def _validated(build: Callable[[], T], where: str = "") -> T:
             message = first["msg"][0].lower() + first["msg"][1:]
             problem = f"{field} = {first['input']!r}: {message}"
         raise InputError(where + " ".join(problem.split())) from None
-
-
-def parse_arguments(
-    cls: type[ModelT],
-    *,
-    prog: str,
-    description: str,
-    args: list[str] | None = None,
-    default: ModelT | None = None,
-) -> ModelT:
-    """Read the command line into ``cls``, a pydantic model, by tyro.
-
-    Nested groups become headings of ``--help``; their fields are plain flags without prefix.
-
-    Raises:
-        InputError: an unknown flag or a value that does not fit; one line, with the nearest flag.
-    """
-    args = sys.argv[1:] if args is None else args
-    known = known_flags(cls)
-    for arg in args:
-        flag = arg.split("=", 1)[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
-            raise InputError(f"unknown flag {arg!r}: {nearest(flag, known)}")
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return _validated(
-                lambda: tyro.cli(
-                    cls,
-                    prog=f"python -m {prog}",
-                    description=description,
-                    args=args,
-                    default=tyro.MISSING if default is None else default,
-                    config=(tyro.conf.OmitArgPrefixes,),
-                )
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise InputError(_first_line_of_box(said.getvalue())) from None
-
-
-def known_flags(cls: Any) -> list[str]:
-    """The flags of a command line described by a pydantic model, its groups' fields included."""
-    flags = ["--help", "--tyro-print-completion", "--tyro-write-completion"]
-    pending = [cls]
-    while pending:
-        for name, field in pending.pop().model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                pending.append(field.annotation)
-                continue
-            flag = name.replace("_", "-")
-            flags += [f"--{flag}", f"--no-{flag}"] if field.annotation is bool else [f"--{flag}"]
-    return flags
-
-
-def _first_line_of_box(text: str) -> str:
-    """tyro draws its errors as a box; take the message and leave frame and help text."""
-    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
-    message = [line for line in lines[1:] if line]
-    ends = [i for i, line in enumerate(message) if set(line) == {"─"}]
-    whole = " ".join(message[: ends[0] if ends else None])
-    refused = re.search(r"for \w+ (\w+)\S* (.*?) \[type=.*?input_value=(.*?), input_type", whole)
-    if refused is None:
-        return whole[:1].lower() + whole[1:]
-    field, problem, value = refused.groups()
-    return f"--{field.replace('_', '-')} {value}: {problem[0].lower()}{problem[1:]}"
-
-
-class CommandLine(Strict):
-    """The flags of ``distcv.train``: the recipe's fields in their groups, and the run's options."""
-
-    model: ModelFields
-    training: TrainingFields
-    optimizer: OptimizerFields
-    schedule: ScheduleFields
-    augmentation: AugmentationFields
-    run: RunOptions
-
-    @classmethod
-    def starting_from(cls, recipe: Recipe) -> Self:
-        fields = recipe.model_dump()
-        groups = {
-            name: group(**{field: fields[field] for field in group.model_fields})
-            for name, group in GROUPS.items()
-        }
-        return cls(run=RunOptions(), **groups)
-
-    def to_recipe(self) -> Recipe:
-        fields: dict[str, Any] = {}
-        for name in GROUPS:
-            fields |= getattr(self, name).model_dump()
-        return _validated(lambda: Recipe(**fields))
-
-
-def read_command_line(
-    *, prog: str, description: str, models: Iterable[str], args: list[str] | None = None
-) -> tuple[Recipe, RunOptions]:
-    """Resolve recipe and run options: recipe file first, flags over it.
-
-    ``--model NAME`` starts from the recipe of that name unless ``--recipe`` names another.
-
-    Raises:
-        InputError: see :func:`load_recipe` and :func:`parse_arguments`.
-    """
-    args = sys.argv[1:] if args is None else args
-    model, recipe_name = _flag_value(args, "model"), _flag_value(args, "recipe")
-    if model is not None and model not in models:
-        raise InputError(f"unknown model {model!r}: {nearest(model, models)}")
-    start = load_recipe(recipe_name or model or "gap")
-    command_line = parse_arguments(
-        CommandLine,
-        prog=prog,
-        description=description,
-        args=args,
-        default=CommandLine.starting_from(start),
-    )
-    return command_line.to_recipe(), command_line.run
-
-
-def _flag_value(args: list[str], name: str) -> str | None:
-    """The last value of ``--name VALUE`` or ``--name=VALUE``, before the real parsing."""
-    value = None
-    for here, following in zip(args, [*args[1:], None], strict=True):
-        if here == f"--{name}":
-            value = following
-        elif here.startswith(f"--{name}="):
-            value = here.split("=", 1)[1]
-    return value
-
-
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
-
-    Of several processes, rank 0 speaks; once they are joined, the first of each node, since what
-    is wrong may be wrong on one node only.
-    """
-    try:
-        code = main() or 0
-    except InputError as error:
-        joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-        if os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)

@@ -2,59 +2,18 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from distcv.augment import Augmenter
-from distcv.config import Recipe
-from distcv.data.loading import PADDING, Batch, TrainingBatches
-from distcv.optim import MovingAverage, lr_at
+from distcv.data.loading import PADDING
+from distcv.optim import lr_at
+from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
-
-
-@dataclass
-class Progress:
-    """How far the training is: all that a resumed run needs beside its tensors."""
-
-    step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # in training and evaluation, over all starts of the run
-    train_seconds: float = 0.0  # in training alone
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, samples
-    window_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # since the last log point
-    best_accuracy: float | None = None  # on the test set, in percent
-    best_step: int | None = None
-
-
-@dataclass
-class Training:
-    """The parts of one training: prepared for the strategy, and the plain network beneath."""
-
-    recipe: Recipe
-    runtime: Runtime
-    network: nn.Module
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: MovingAverage | None
-    augment: Augmenter
-    batches: TrainingBatches
-    train_loader: DataLoader[Batch]
-    test_loader: DataLoader[Batch]
-    test_samples: int
-    classes: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.batches.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        whole = self.recipe.epochs * self.steps_per_epoch
-        return min(whole, self.recipe.max_steps or whole)
+from distcv.training import Progress, Training
 
 
 @dataclass(frozen=True)
@@ -93,7 +52,7 @@ def train_epoch(
     advance: Callable[[], None],
     checkpoint_every: int | None,
     save: Callable[[], None],
-    stop_pending: Callable[[], bool],
+    stop: StopRequest,
 ) -> bool:
     """Train from ``progress.step`` to the end of its epoch; False if a stop was requested.
 
@@ -142,10 +101,10 @@ def train_epoch(
 
         log_due = progress.step % log_every == 0 or progress.step == end
         save_due = checkpoint_every is not None and progress.step % checkpoint_every == 0
-        stop_seen = runtime.processes == 1 and stop_pending()
+        stop_seen = runtime.processes == 1 and stop.signalled
         if not (log_due or save_due or stop_seen):
             continue
-        *sums, stops = window.read(runtime, float(stop_pending()))
+        *sums, stops = window.read(runtime, float(stop.pending()))
         elapsed = clock()
         if log_due:
             images = (progress.step - since_step) * recipe.batch_size

@@ -167,7 +167,7 @@ class Runtime:
     def start_trackers(
         self, names: Sequence[str], project: str, folder: Path, options: dict[str, dict[str, Any]]
     ) -> None:
-        """Start these of Accelerate's trackers on the main process; TensorBoard writes to ``folder``.
+        """Start these of Accelerate's trackers on the main process; TensorBoard's in ``folder``.
 
         Raises whatever a tracker raises; a second call then starts all of them anew.
         """

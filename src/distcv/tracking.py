@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import filelock
 from tqdm import tqdm
 
-from distcv.config import InputError, Recipe, RunOptions, load_recipe
+from distcv.command_line import RunOptions
+from distcv.config import InputError, Recipe, load_recipe
 from distcv.environment import describe_environment
 from distcv.runtime import Runtime
 

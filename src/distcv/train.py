@@ -3,26 +3,20 @@
 The same command under ``accelerate launch`` trains on as many processes as that starts.
 """
 
-import dataclasses
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from distcv.config import InputError, Recipe, RunOptions, nearest, read_command_line, run_command
+from distcv.command_line import RunOptions, read_command_line, run_command
+from distcv.config import InputError, Recipe, nearest
 from distcv.data import DATASETS
-from distcv.environment import describe_environment, set_thread_environment
+from distcv.environment import set_thread_environment
 from distcv.models import MODELS
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from distcv.checkpoint import Checkpoint
-    from distcv.data import ImageData
-    from distcv.loop import Evaluation, Progress, Training
-    from distcv.runtime import Runtime
+    from distcv.loop import Evaluation
     from distcv.tracking import RunFolder
-
-EVALUATION_BATCH = 1000
+    from distcv.training import Progress, Training
 
 
 def main() -> int:
@@ -55,10 +49,11 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     """
     from distcv import checkpoint
     from distcv.data import load_dataset
-    from distcv.loop import Progress, share_statistics, train_epoch
+    from distcv.loop import share_statistics, train_epoch
     from distcv.preempt import STOPPED, StopRequest
     from distcv.runtime import Runtime
     from distcv.tracking import Console, RunFolder, Trackers, read_result
+    from distcv.training import Progress, build, restore, snapshot
 
     # Where: processes, run folder, console.
     runtime = Runtime(recipe, compile=options.compile)
@@ -71,6 +66,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
             f"run {folder.path} is finished: test accuracy {finished['test_accuracy']:.2f} % "
             f"after {finished['epochs']:g} epochs; choose another --name to train again"
         )
+        runtime.close()
         return 0
     start = runtime.on_main(lambda: folder.record_start(options, runtime))
 
@@ -110,7 +106,9 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     def save() -> None:
         share_statistics(training)
         if runtime.is_main:
-            held = snapshot(training, progress, folder)
+            held = snapshot(
+                training, progress, tracker_id=folder.tracker_id(), versions=start["versions"]
+            )
             checkpoint.save(folder.checkpoints, progress.step, held)
             keep = {resumed_at, progress.best_step} | every_nth_epoch(training, options)
             checkpoint.prune(folder.checkpoints, keep=keep)
@@ -130,7 +128,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
                 advance=console.advance,
                 checkpoint_every=options.checkpoint_every,
                 save=save,
-                stop_pending=stop.pending,
+                stop=stop,
             )
         if not completed:
             save()
@@ -170,80 +168,6 @@ def every_nth_epoch(training: "Training", options: RunOptions) -> set[int]:
     return set(range(interval, training.total_steps + 1, interval))
 
 
-def build(recipe: Recipe, data: "ImageData", runtime: "Runtime") -> "Training":
-    """Network, optimizer, loaders and moving average, built as for one device and then wrapped.
-
-    Raises:
-        InputError: the network can't take the data set's images, or the batch can't be dealt out.
-    """
-    import torch
-
-    from distcv.augment import Augmenter
-    from distcv.data.loading import EvaluationBatches, ResidentImages, TrainingBatches, make_loader
-    from distcv.loop import Training
-    from distcv.models import build_model
-    from distcv.optim import OPTIMIZERS, MovingAverage
-
-    channels, classes = data.train_images.shape[1], len(data.info.classes)
-    torch.manual_seed(recipe.seed)
-    network = build_model(recipe.model, channels=channels, classes=classes, dropout=recipe.dropout)
-    check_shape(network, recipe, tuple(data.train_images.shape[1:]))
-    optimizer = OPTIMIZERS[recipe.optimizer](network, recipe)
-
-    train_images = ResidentImages(data.train_images, data.train_labels, runtime.device)
-    test_images = ResidentImages(data.test_images, data.test_labels, runtime.device)
-    batches = TrainingBatches(
-        len(train_images),
-        recipe.batch_size,
-        processes=runtime.processes,
-        accumulation=recipe.gradient_accumulation_steps,
-        seed=recipe.seed,
-    )
-    test_batches = EvaluationBatches(
-        len(test_images), EVALUATION_BATCH, processes=runtime.processes
-    )
-    model, wrapped_optimizer, train_loader, test_loader = runtime.prepare(
-        network,
-        optimizer,
-        make_loader(train_images, batches),
-        make_loader(test_images, test_batches),
-    )
-    return Training(
-        recipe=recipe,
-        runtime=runtime,
-        network=network,
-        model=model,
-        optimizer=wrapped_optimizer,
-        ema=MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None,
-        augment=Augmenter(recipe, train_images, data.info),
-        batches=batches,
-        train_loader=train_loader,
-        test_loader=test_loader,
-        test_samples=len(test_images),
-        classes=classes,
-    )
-
-
-def check_shape(network: "nn.Module", recipe: Recipe, shape: tuple[int, ...]) -> None:
-    """Raise InputError if the network can't take images of this (C, H, W)."""
-    import torch
-
-    network.eval()
-    try:
-        with torch.no_grad():
-            network(torch.zeros(1, *shape))
-    except RuntimeError:
-        made_for = DATASETS[MODELS[recipe.model].dataset].shape
-        raise InputError(
-            f"model {recipe.model} can't take {recipe.dataset}'s {_by(shape)} images: it is made "
-            f"for {_by(made_for)}; choose another --dataset or --model"
-        ) from None
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
 def check_space(folder: "RunFolder", training: "Training") -> None:
     """Raise InputError unless the disk has room for the checkpoints that are kept at a time."""
     tensors = 3 if training.ema or training.recipe.optimizer != "sgd" else 2
@@ -254,44 +178,6 @@ def check_space(folder: "RunFolder", training: "Training") -> None:
             f"run folder {folder.path}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed for "
             "checkpoints: make room, or choose --runs-dir"
         )
-
-
-def snapshot(training: "Training", progress: "Progress", folder: "RunFolder") -> "Checkpoint":
-    """Everything that a resumed run needs."""
-    from distcv.checkpoint import Checkpoint, optimizer_tensors, parameter_names
-
-    names = parameter_names(training.network, training.optimizer)
-    tensors = {
-        "model": training.network.state_dict(),
-        "optimizer": optimizer_tensors(training.optimizer, names),
-    }
-    if training.ema:
-        tensors["ema"] = training.ema.average
-    state = {
-        "progress": dataclasses.asdict(progress),
-        "epoch": progress.step / training.steps_per_epoch,
-        "samples": progress.step * training.recipe.batch_size,
-        "seed": training.recipe.seed,
-        "scaler": training.runtime.scaler_state(),
-        "tracker_id": folder.tracker_id(),
-        "config_sha256": training.recipe.sha256,
-        "versions": describe_environment()["versions"],
-    }
-    return Checkpoint(tensors, state)
-
-
-def restore(training: "Training", held: "Checkpoint") -> "Progress":
-    """Put a checkpoint back into a training that was just built; the progress it had."""
-    from distcv.checkpoint import load_optimizer_tensors, parameter_names
-    from distcv.loop import Progress
-
-    names = parameter_names(training.network, training.optimizer)
-    training.network.load_state_dict(held.tensors["model"])
-    load_optimizer_tensors(training.optimizer, names, held.tensors["optimizer"])
-    if training.ema:
-        training.ema.load(held.tensors["ema"])
-    training.runtime.load_scaler_state(held.state["scaler"])
-    return Progress(**held.state["progress"])
 
 
 def timed_evaluation(training: "Training", progress: "Progress") -> "Evaluation":

@@ -5,16 +5,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from distcv.config import (
-    InputError,
-    Recipe,
-    Strict,
-    load_recipe,
-    nearest,
-    parse_arguments,
-    recipe_names,
-    run_command,
-)
+from distcv.command_line import parse_arguments, run_command
+from distcv.config import InputError, Recipe, Strict, load_recipe, nearest, recipe_names
 from distcv.data import DATASETS, load_dataset
 from distcv.environment import set_thread_environment
 

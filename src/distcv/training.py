@@ -1,0 +1,170 @@
+"""The parts of one training, built as for one device, wrapped, saved and restored."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from distcv.augment import Augmenter
+from distcv.checkpoint import (
+    Checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    parameter_names,
+)
+from distcv.config import InputError, Recipe
+from distcv.data import DATASETS, ImageData
+from distcv.data.loading import (
+    Batch,
+    EvaluationBatches,
+    ResidentImages,
+    TrainingBatches,
+    make_loader,
+)
+from distcv.models import MODELS, build_model
+from distcv.optim import OPTIMIZERS, MovingAverage
+from distcv.runtime import Runtime
+
+EVALUATION_BATCH = 1000
+
+
+@dataclass
+class Progress:
+    """How far the training is: all that a resumed run needs beside its tensors."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # in training and evaluation, over all starts of the run
+    train_seconds: float = 0.0  # in training alone
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, samples
+    window_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # since the last log point
+    best_accuracy: float | None = None  # on the test set, in percent
+    best_step: int | None = None
+
+
+@dataclass
+class Training:
+    """The parts of one training: prepared for the strategy, and the plain network beneath."""
+
+    recipe: Recipe
+    runtime: Runtime
+    network: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: MovingAverage | None
+    augment: Augmenter
+    batches: TrainingBatches
+    train_loader: DataLoader[Batch]
+    test_loader: DataLoader[Batch]
+    test_samples: int
+    classes: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        whole = self.recipe.epochs * self.steps_per_epoch
+        return min(whole, self.recipe.max_steps or whole)
+
+
+def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
+    """Network, optimizer, loaders and moving average, built as for one device and then wrapped.
+
+    Raises:
+        InputError: the network can't take the data set's images, or the batch can't be dealt out.
+    """
+    channels, classes = data.train_images.shape[1], len(data.info.classes)
+    torch.manual_seed(recipe.seed)
+    network = build_model(recipe.model, channels=channels, classes=classes, dropout=recipe.dropout)
+    check_shape(network, recipe, tuple(data.train_images.shape[1:]))
+    optimizer = OPTIMIZERS[recipe.optimizer](network, recipe)
+
+    train_images = ResidentImages(data.train_images, data.train_labels, runtime.device)
+    test_images = ResidentImages(data.test_images, data.test_labels, runtime.device)
+    batches = TrainingBatches(
+        len(train_images),
+        recipe.batch_size,
+        processes=runtime.processes,
+        accumulation=recipe.gradient_accumulation_steps,
+        seed=recipe.seed,
+    )
+    test_batches = EvaluationBatches(
+        len(test_images), EVALUATION_BATCH, processes=runtime.processes
+    )
+    model, wrapped_optimizer, train_loader, test_loader = runtime.prepare(
+        network,
+        optimizer,
+        make_loader(train_images, batches),
+        make_loader(test_images, test_batches),
+    )
+    return Training(
+        recipe=recipe,
+        runtime=runtime,
+        network=network,
+        model=model,
+        optimizer=wrapped_optimizer,
+        ema=MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None,
+        augment=Augmenter(recipe, train_images, data.info),
+        batches=batches,
+        train_loader=train_loader,
+        test_loader=test_loader,
+        test_samples=len(test_images),
+        classes=classes,
+    )
+
+
+def check_shape(network: nn.Module, recipe: Recipe, shape: tuple[int, ...]) -> None:
+    """Raise InputError if the network can't take images of this (C, H, W)."""
+    network.eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *shape))
+    except RuntimeError:
+        made_for = DATASETS[MODELS[recipe.model].dataset].shape
+        raise InputError(
+            f"model {recipe.model} can't take {recipe.dataset}'s {_by(shape)} images: it is made "
+            f"for {_by(made_for)}; choose another --dataset or --model"
+        ) from None
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def snapshot(
+    training: Training, progress: Progress, *, tracker_id: str, versions: dict[str, Any]
+) -> Checkpoint:
+    """Everything that a resumed run needs."""
+    names = parameter_names(training.network, training.optimizer)
+    tensors = {
+        "model": training.network.state_dict(),
+        "optimizer": optimizer_tensors(training.optimizer, names),
+    }
+    if training.ema:
+        tensors["ema"] = training.ema.average
+    state = {
+        "progress": dataclasses.asdict(progress),
+        "epoch": progress.step / training.steps_per_epoch,
+        "samples": progress.step * training.recipe.batch_size,
+        "seed": training.recipe.seed,
+        "scaler": training.runtime.scaler_state(),
+        "tracker_id": tracker_id,
+        "config_sha256": training.recipe.sha256,
+        "versions": versions,
+    }
+    return Checkpoint(tensors, state)
+
+
+def restore(training: Training, held: Checkpoint) -> Progress:
+    """Put a checkpoint back into a training that was just built; the progress it had."""
+    names = parameter_names(training.network, training.optimizer)
+    training.network.load_state_dict(held.tensors["model"])
+    load_optimizer_tensors(training.optimizer, names, held.tensors["optimizer"])
+    if training.ema:
+        training.ema.load(held.tensors["ema"])
+    training.runtime.load_scaler_state(held.state["scaler"])
+    return Progress(**held.state["progress"])
