@@ -340,7 +340,7 @@ def test_a_dead_wandb_server_does_not_end_the_training(runs: Runs) -> None:
     assert runs.result("dead")["steps"] == 30
 
 
-def test_threads_are_chosen_unless_the_user_has(runs: Runs, tmp_path: Path) -> None:
+def test_threads_are_chosen_unless_the_user_has() -> None:
     code = (
         "import os; from distcv.environment import *; set_thread_environment();"
         "print(os.environ['OMP_NUM_THREADS'], os.environ.get('OMP_WAIT_POLICY'), available_cores())"
@@ -363,3 +363,25 @@ def test_threads_are_chosen_unless_the_user_has(runs: Runs, tmp_path: Path) -> N
     assert chosen(LOCAL_WORLD_SIZE="64")[0] == "1"
     assert chosen(OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE")[:2] == ["3", "ACTIVE"]
     assert chosen(GOMP_SPINCOUNT="100")[1] == "None"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_threads_of_a_launcher_are_not_taken_for_the_user_s(
+    threads: str | None, tmp_path: Path
+) -> None:
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import os; from distcv.environment import *; set_thread_environment();"
+        "print('threads', os.environ['OMP_NUM_THREADS'], available_cores())"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    for processes in (1, 2):
+        ran = subprocess.run(
+            [*launched(processes), str(script)], capture_output=True, text=True, check=True,
+            env=env | ({"OMP_NUM_THREADS": threads} if threads else {}),
+        )  # fmt: skip
+        shown = [line.split()[1:] for line in ran.stdout.splitlines() if "threads" in line]
+        assert len(shown) == processes
+        for chosen, cores in shown:
+            assert chosen == (threads or str(max(1, int(cores) // processes)))

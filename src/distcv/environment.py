@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from distcv import __version__
 
 
@@ -26,9 +28,24 @@ def set_thread_environment() -> None:
     makes a training up to four times slower as soon as anything else runs on the machine.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+    if not _user_has_set("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
     if "GOMP_SPINCOUNT" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _user_has_set(name: str) -> bool:
+    """Whether a variable is the user's, not one that a launcher gave to its processes.
+
+    torchrun and accelerate set OMP_NUM_THREADS to 1; what they were started with themselves tells.
+    """
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if name not in os.environ or not launched:
+        return name in os.environ
+    try:
+        return name in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return True
 
 
 def cpu_name() -> str:

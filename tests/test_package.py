@@ -1,0 +1,124 @@
+"""The wheel away from the clone, and what the README says."""
+
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from distcv.config import load_recipe, recipe_names
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    return next(out.glob("distcv-*.whl"))
+
+
+@pytest.mark.slow
+def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for folder in ("configs", "launch", "slurm"):
+        files = {f"distcv/{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
+        assert files and files <= inside
+    assert "distcv/train.py" in inside
+    assert not any(name.startswith(("tests/", "data/", "runs/")) for name in inside)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_away_from_the_clone(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+
+    def python(*arguments: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert python("-c", "import distcv; print(distcv.__file__)").startswith(str(site))
+    for name in recipe_names():
+        printed = python("-m", "distcv.train", "--recipe", name, "--print-config")
+        assert printed == load_recipe(name).to_yaml()
+    flags = "--model gap --dataset synthetic --max-steps 5 --name w"
+    python("-m", "distcv.train", *flags.split())
+    assert json.loads((tmp_path / "runs/w/result.json").read_text())["steps"] == 5
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "distcv." in line])
+def test_every_command_of_the_readme_is_understood(line: str, tmp_path: Path) -> None:
+    """Flags and names are right; that the main commands run whole is seen in CI and elsewhere."""
+    words = shlex.split(line)
+    module = next(word for word in words if word.startswith("distcv."))
+    flags = words[words.index(module) + 1 :]
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    if "--help" in flags or "--tyro-print-completion" in flags or module == "distcv.summary":
+        extra: list[str] = []
+    elif module == "distcv.train":
+        extra = ["--print-config"]
+    else:
+        extra = ["--data-dir", str(ROOT / "data")]
+    ran = subprocess.run(
+        [sys.executable, "-m", module, *flags, *extra],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_readme_s_table_of_networks_is_right() -> None:
+    from distcv.models import MODELS
+
+    rows = re.findall(r"`(\w+)` \| ([\d,]+) \| (?:MNIST|CIFAR-10)", README)
+    assert {name: int(count.replace(",", "")) for name, count in rows} == {
+        name: model.params for name, model in MODELS.items()
+    }
+
+
+def test_figures_of_the_readme_come_from_the_result_files() -> None:
+    results = json.loads((ROOT / "results/gap.json").read_text())
+    accuracy = [r["test_accuracy"] for r in results]
+    said = (
+        f"test accuracy {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} % "
+        f"(mean ± standard deviation, n = {len(results)} seeds, last epoch)"
+    )
+    assert said in " ".join(README.split())
+    assert len({r["config_sha256"] for r in results}) == len(results)
+    for result in results:
+        recipe = load_recipe("gap").model_copy(update={"seed": result["seed"]})
+        assert result["config_sha256"] == recipe.sha256, "the recipe was changed: measure again"
+
+
+def test_shell_scripts_are_sound() -> None:
+    for script in [ROOT / ".ci/run", *(ROOT / "slurm").glob("*.sh")]:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_launch_files_have_no_key_that_accelerate_ignores() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in (ROOT / "launch").glob("*.yaml"):
+        load_config_from_file(str(path))
