@@ -65,7 +65,7 @@ def test_real_data(name: str, sums: list[str], headers: list[bytes], data_dir: P
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_mean_and_std_are_those_of_the_training_images(name: str, data_dir: Path) -> None:
     if name in ("fashion_mnist", "cifar100") and not (data_dir / f"distcv/{name}.uint8").exists():
-        pytest.skip(f"{name} is not in {data_dir}, and no package registry has it")
+        pytest.skip(f"{name} has not been fetched into {data_dir}")
     data = load_dataset(name, data_dir)
     for channel, (mean, std) in enumerate(zip(data.info.mean, data.info.std, strict=True)):
         # From the histogram, so that no copy in float64 is needed.

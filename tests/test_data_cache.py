@@ -115,11 +115,16 @@ def test_damaged_cache_is_found_reported_and_fetched_again(
     damage: str, cached: Path, offline: None, mnist: Arrays, mnist_idx: dict[str, bytes]
 ) -> None:
     apply, reason = DAMAGES[damage]
-    apply(cached / "distcv/mnist.uint8", cached / "distcv/mnist.json")
+    data = cached / "distcv/mnist.uint8"
+    apply(data, cached / "distcv/mnist.json")
+    bad = data.read_bytes() if data.exists() else None
     put_files(cached / "MNIST/raw", mnist_idx)
     said: list[str] = []
     assert same(cache.load_arrays(MNIST, cached, said.append), mnist)
-    assert len(said) == 2 and reason in said[0] and "set aside" in said[0]
+    assert len(said) == 2 and reason in said[0] and "fetching the data again" in said[0]
+    assert ("set aside as mnist.uint8.damaged" in said[0]) == (bad is not None)
+    aside = cached / "distcv/mnist.uint8.damaged"
+    assert (aside.read_bytes() if aside.exists() else None) == bad
     assert said[1] == f"mnist: verified, from files in {cached}"
     said.clear()
     assert same(cache.load_arrays(MNIST, cached, said.append), mnist)

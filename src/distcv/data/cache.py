@@ -69,9 +69,11 @@ def _open_or_fill(info: DatasetInfo, data_dir: Path, folder: Path, report: Repor
     except InputError as error:
         path = _data_file(info, folder)
         aside = path.with_name(f"{path.name}.damaged")
-        with contextlib.suppress(FileNotFoundError):  # the JSON alone may be left
+        kept = ""
+        if path.exists():  # the JSON may be all that is left
             path.replace(aside)
-        report(f"{info.name}: {error}; set aside as {aside.name}, fetching the data again")
+            kept = f"; set aside as {aside.name}"
+        report(f"{info.name}: {error}{kept}; fetching the data again")
     scratch = Path(tempfile.mkdtemp(prefix=f".{info.name}.", suffix=".tmp", dir=folder))
     try:
         arrays, sums, source = fetch(info, data_dir, scratch, report)
