@@ -84,3 +84,15 @@ def test_one_indexed_fetch_a_batch() -> None:
         assert torch.equal(batch.images.flatten().long(), batch.ids)
         assert torch.equal(batch.labels, batch.ids)
     assert calls == [8, 8]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_images_that_do_not_fit_stay_where_they_are(fits: bool) -> None:
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
+    # A CPU with a number is another device than the one without, and does for one of its own.
+    data = ResidentImages(images, torch.arange(20), torch.device("cpu", 0), fits=fits)
+    batch = data.__getitems__(torch.tensor([3, 7, PADDING]))
+    assert (data.images.data_ptr() == images.data_ptr()) or fits
+    assert batch.images.flatten().tolist() == [3, 7, 0]
+    assert batch.labels.tolist() == [3, 7, 0]
+    assert batch.ids.tolist() == [3, 7, PADDING]

@@ -105,6 +105,10 @@ def test_figures_of_the_readme_come_from_the_result_files() -> None:
         f"test accuracy {statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} % "
         f"(mean ± standard deviation, n = {len(results)} seeds, last epoch)"
     )
+    seconds = statistics.mean(r["seconds"] for r in results)
+    for text in (README, (ROOT / "configs/gap.yaml").read_text()):
+        assert f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f} %" in text
+        assert f"{seconds:.0f} s of training" in text
     assert said in " ".join(README.split())
     assert len({r["config_sha256"] for r in results}) == len(results)
     for result in results:

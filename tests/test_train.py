@@ -343,7 +343,8 @@ def test_a_dead_wandb_server_does_not_end_the_training(runs: Runs) -> None:
 def test_threads_are_chosen_unless_the_user_has() -> None:
     code = (
         "import os; from distcv.environment import *; set_thread_environment();"
-        "print(os.environ['OMP_NUM_THREADS'], os.environ.get('OMP_WAIT_POLICY'), available_cores())"
+        "print(*map(os.environ.get, ['OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT']));"
+        "print(available_cores())"
     )
 
     def chosen(**env: str) -> list[str]:
@@ -357,12 +358,12 @@ def test_threads_are_chosen_unless_the_user_has() -> None:
         )
         return ran.stdout.split()
 
-    threads, policy, cores = chosen()
-    assert threads == cores and policy == "PASSIVE"
+    threads, *waiting, cores = chosen()
+    assert threads == cores and waiting == ["PASSIVE", "1000"]
     assert chosen(LOCAL_WORLD_SIZE=cores)[0] == "1"
     assert chosen(LOCAL_WORLD_SIZE="64")[0] == "1"
-    assert chosen(OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE")[:2] == ["3", "ACTIVE"]
-    assert chosen(GOMP_SPINCOUNT="100")[1] == "None"
+    assert chosen(OMP_NUM_THREADS="3", OMP_WAIT_POLICY="ACTIVE")[:3] == ["3", "ACTIVE", "None"]
+    assert chosen(GOMP_SPINCOUNT="100")[1:3] == ["None", "100"]
 
 
 @pytest.mark.slow

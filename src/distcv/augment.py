@@ -174,7 +174,7 @@ class Augmenter:
 
     def __init__(self, recipe: Recipe, data: ResidentImages, info: DatasetInfo) -> None:
         self.recipe, self.data, self.classes = recipe, data, len(info.classes)
-        self.normalize = Normalizer(info, data.images.device)
+        self.normalize = Normalizer(info, data.device)
         self.operations = [apply for wanted, apply in AUGMENTS.values() if wanted(recipe)]
         self.weights: tuple[int, Tensor] | None = None
 
@@ -213,7 +213,7 @@ class Augmenter:
             a = self.recipe.mixup or self.recipe.cutmix
             key = [self.recipe.seed, epoch]
             drawn = np.random.default_rng(key).beta(a, a, len(self.data)).astype(np.float32)
-            self.weights = epoch, torch.from_numpy(drawn).to(self.data.images.device)
+            self.weights = epoch, torch.from_numpy(drawn).to(self.data.device)
         return self.weights[1]
 
 

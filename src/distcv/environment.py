@@ -24,14 +24,17 @@ def available_cores() -> int:
 def set_thread_environment() -> None:
     """Choose thread count and OpenMP wait policy, unless the user has. Call before torch is loaded.
 
-    One thread a core, shared among the processes of this node. OpenMP's default of waiting busily
-    makes a training up to four times slower as soon as anything else runs on the machine.
+    One thread a core, shared among the processes of this node. A thread that waits spins for a
+    moment, then sleeps. Medians for the gap net on two cores, images/s alone and beside a second
+    such training: a moment (1,000 turns) 6,545 and 2,470, no spinning 5,270 and 2,706, spinning
+    without end 7,316 and 980; GNU's default is 300,000 turns (AMD EPYC, torch 2.15, n = 6).
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not _user_has_set("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
-    if "GOMP_SPINCOUNT" not in os.environ and "KMP_BLOCKTIME" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "1000"  # GNU's alone; it has the last word there
 
 
 def _user_has_set(name: str) -> bool:
@@ -95,4 +98,5 @@ def describe_environment() -> dict[str, Any]:
         "cores": available_cores(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "spin_count": os.environ.get("GOMP_SPINCOUNT"),
     }

@@ -92,6 +92,10 @@ class Runtime:
             return torch.cuda.get_device_name(self.device)
         return self.device.type
 
+    def has_room_for(self, size: int) -> bool:
+        """Whether a data set of so many bytes takes less than half of the device's free memory."""
+        return self.device.type != "cuda" or 2 * size < torch.cuda.mem_get_info(self.device)[0]
+
     def prepare(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, *loaders: DataLoader[Any]
     ) -> tuple[Any, ...]:

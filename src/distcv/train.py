@@ -8,10 +8,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from distcv.command_line import RunOptions, read_command_line, run_command
-from distcv.config import InputError, Recipe, nearest
-from distcv.data import DATASETS
+from distcv.config import InputError, Recipe
+from distcv.data import DATASETS, find_dataset
 from distcv.environment import set_thread_environment
-from distcv.models import MODELS
+from distcv.models import MODELS, find_model
 
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
@@ -26,12 +26,8 @@ def main() -> int:
         description="Train an image classifier; the recipe of --model is where the values start.",
         models=MODELS,
     )
-    for kind, name, known in (
-        ("model", recipe.model, MODELS),
-        ("dataset", recipe.dataset, DATASETS),
-    ):
-        if name not in known:
-            raise InputError(f"unknown {kind} {name!r}: {nearest(name, known)}")
+    find_model(recipe.model)
+    find_dataset(recipe.dataset)
     if options.print_config:
         print(recipe.to_yaml(), end="")
         return 0

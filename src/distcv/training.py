@@ -83,8 +83,14 @@ def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
     check_shape(network, recipe, tuple(data.train_images.shape[1:]))
     optimizer = OPTIMIZERS[recipe.optimizer](network, recipe)
 
-    train_images = ResidentImages(data.train_images, data.train_labels, runtime.device)
-    test_images = ResidentImages(data.test_images, data.test_labels, runtime.device)
+    fits = runtime.has_room_for(data.train_images.nbytes + data.test_images.nbytes)
+    train_images, test_images = (
+        ResidentImages(images, labels, runtime.device, fits=fits)
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        )
+    )
     batches = TrainingBatches(
         len(train_images),
         recipe.batch_size,

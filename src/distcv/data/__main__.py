@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
-from distcv.config import InputError, Recipe, Strict, load_recipe, nearest, recipe_names
-from distcv.data import DATASETS, load_dataset
+from distcv.config import InputError, Recipe, Strict, load_recipe, recipe_names
+from distcv.data import find_dataset, load_dataset
 from distcv.environment import set_thread_environment
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def main() -> None:
         Arguments, prog="distcv.data", description="Fetch a data set, verify it, and look at it."
     )
     name = arguments.dataset
-    if name not in DATASETS:
-        raise InputError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}")
+    find_dataset(name)
     recipe = load_recipe(arguments.recipe) if arguments.recipe else _recipe_for(name)
     set_thread_environment()
     data = load_dataset(name, arguments.data_dir)

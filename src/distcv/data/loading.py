@@ -28,19 +28,30 @@ class Batch(NamedTuple):
 
 
 class ResidentImages(Dataset[Batch]):
-    """A whole set as uint8 images (N, C, H, W) and int64 labels (N,) on one device."""
+    """A whole set: uint8 images (N, C, H, W) and int64 labels (N,), on the device if they fit.
 
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
-        self.images = images.to(device)
+    Images that don't stay in memory shared by the processes of a node (the mapped cache file), and
+    only each batch goes to the device.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, device: torch.device, *, fits: bool = True
+    ) -> None:
+        self.device = device
+        self.images = images.to(device) if fits else images
         self.labels = labels.to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, ids: Tensor) -> Batch:
-        on_device = ids.to(self.labels.device, non_blocking=True)
+        on_device = ids.to(self.device, non_blocking=True)
         places = on_device.clamp(min=0)
-        return Batch(self.images[places], self.labels[places], on_device, ids)
+        if self.images.device == self.device:
+            images = self.images[places]
+        else:
+            images = self.images[ids.clamp(min=0)].to(self.device, non_blocking=True)
+        return Batch(images, self.labels[places], on_device, ids)
 
 
 class TrainingBatches(Sampler[Tensor]):
