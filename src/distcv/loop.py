@@ -127,9 +127,7 @@ def _train_row(
     loss, correct, samples = sums
     return {
         "event": "train",
-        "step": progress.step,
-        "epoch": progress.step / training.steps_per_epoch,
-        "samples": progress.step * training.recipe.batch_size,
+        **training.place(progress),
         "loss": loss / samples,
         "accuracy": 100 * correct / samples,
         "lr": lr,

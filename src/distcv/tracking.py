@@ -167,7 +167,7 @@ class Console:
     def epoch_line(self, row: dict[str, Any]) -> None:
         """Show the figures at the end of an epoch."""
         self.say(
-            f"epoch {row['epoch']:g}/{self.epochs}  "
+            f"epoch {round(row['epoch'], 2):g}/{self.epochs}  "
             f"train: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %  "
             f"test: loss {row['test_loss']:.4f}, accuracy {row['test_accuracy']:.2f} %  "
             f"best {row['best_test_accuracy']:.2f} %  {row['seconds']:.1f} s"
@@ -193,6 +193,8 @@ class Trackers:
         try:
             runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)
         except Exception as error:  # a dead server must not end a training
+            if "wandb" not in init:
+                raise
             console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
             _go_offline(init["wandb"])
             runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)

@@ -195,9 +195,7 @@ def epoch_row(
     loss, correct, samples = progress.epoch_sums
     return {
         "event": "epoch",
-        "step": progress.step,
-        "epoch": progress.step / training.steps_per_epoch,
-        "samples": progress.step * training.recipe.batch_size,
+        **training.place(progress),
         "train_loss": loss / samples,
         "train_accuracy": 100 * correct / samples,
         "test_loss": evaluation.loss,

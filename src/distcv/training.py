@@ -70,6 +70,14 @@ class Training:
         whole = self.recipe.epochs * self.steps_per_epoch
         return min(whole, self.recipe.max_steps or whole)
 
+    def place(self, progress: Progress) -> dict[str, float]:
+        """How far a training is: optimizer steps, epochs, samples."""
+        return {
+            "step": progress.step,
+            "epoch": progress.step / self.steps_per_epoch,
+            "samples": progress.step * self.recipe.batch_size,
+        }
+
 
 def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
     """Network, optimizer, loaders and moving average, built as for one device and then wrapped.
@@ -154,8 +162,7 @@ def snapshot(
         tensors["ema"] = training.ema.average
     state = {
         "progress": dataclasses.asdict(progress),
-        "epoch": progress.step / training.steps_per_epoch,
-        "samples": progress.step * training.recipe.batch_size,
+        **training.place(progress),
         "seed": training.recipe.seed,
         "scaler": training.runtime.scaler_state(),
         "tracker_id": tracker_id,
