@@ -33,10 +33,17 @@ class Runtime:
     """Where and how one training is executed, on this process and on its peers.
 
     Raises:
-        InputError: a precision that the device has no arithmetic for.
+        InputError: a strategy that is not supported, processes that were started but did not join,
+            or a precision that the device has no arithmetic for.
     """
 
     def __init__(self, recipe: Recipe, *, compile: bool = False) -> None:
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+                raise InputError(
+                    f"the launch file asks for {name}, which is not supported: set its "
+                    "distributed_type to MULTI_GPU"
+                )
         # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         self.accelerator = Accelerator(
