@@ -239,6 +239,15 @@ def test_processes_evaluate_every_sample_once(runs: Runs, processes: int) -> Non
 
 
 @pytest.mark.slow
+def test_processes_leave_together_when_the_input_is_wrong(runs: Runs, short: str) -> None:
+    launch = [*launched(2), "-m", "distcv.train"]
+    said = runs.run("short", *SHORT, "--lr", "0.05", command=launch, expect=1)
+    assert said.count("error: run folder") == 1
+    # The launcher may end the second one before it leaves by itself.
+    assert "exitcode  : 2" in said and "SIGABRT" not in said
+
+
+@pytest.mark.slow
 def test_two_processes_learn_the_same_curve_as_one(runs: Runs) -> None:
     """Without BatchNorm, whose statistics are each process's own, losses differ by rounding."""
     flags = "--model plain --max-steps 16 --log-every 1 --batch-size 65 --lr 0.1 --warmup 0".split()

@@ -192,15 +192,19 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
 
     Of several processes, rank 0 speaks; once they are joined, the first of each node, since what
-    is wrong may be wrong on one node only.
+    is wrong may be wrong on one node only. An error without a message is a peer's, who says it.
     """
     try:
         code = main() or 0
     except InputError as error:
         joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-        if os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
+        if str(error) and os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         code = 2
+        if joined:  # leaving a process group that peers still use may end in SIGABRT
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -210,8 +210,7 @@ class Runtime:
         """Let the main process do something; all get its value, or leave together with exit code 2.
 
         Raises:
-            InputError: on the main process, if ``action`` raised it.
-            SystemExit: on the others then.
+            InputError: if ``action`` raised it; without a message on the other processes.
         """
         value, refused = None, None
         if self.is_main:
@@ -223,7 +222,7 @@ class Runtime:
         if refused is not None:
             raise refused
         if failed:
-            raise SystemExit(2)
+            raise InputError
         return value
 
     def end_trackers(self) -> None:
@@ -232,8 +231,12 @@ class Runtime:
             tracker.finish()
 
     def close(self) -> None:
-        """Leave the process group; nothing can be shared afterwards."""
+        """Leave the process group together; nothing can be shared afterwards.
+
+        gloo ends a process by SIGABRT if its peer is gone first, in half of all tries.
+        """
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     def describe(self) -> str:
