@@ -160,13 +160,19 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_shell_completion(shell: str) -> None:
-    script = run("--tyro-print-completion", shell)
-    assert script.returncode == 0
-    assert "--batch-size" in script.stdout
-    if shell == "bash":
-        assert subprocess.run(["bash", "-n"], input=script.stdout, text=True).returncode == 0
+def test_shell_completion(tmp_path: Path) -> None:
+    script = tmp_path / "completion.sh"
+    assert "--batch-size" in run("--tyro-print-completion", "zsh").stdout
+    script.write_text(run("--tyro-print-completion", "bash").stdout)
+    asked = f"""
+        source {script}
+        complete -p distcv-train | sed 's/.*-F //; s/ .*//' > {tmp_path}/function
+        COMP_WORDS=(distcv-train --batc) COMP_CWORD=1 COMP_LINE='distcv-train --batc' COMP_POINT=19
+        $(cat {tmp_path}/function) distcv-train --batc distcv-train
+        echo "${{COMPREPLY[@]}}"
+    """
+    shown = subprocess.run(["bash", "-c", asked], capture_output=True, text=True)
+    assert shown.stdout.split() == ["--batch-size"], shown.stderr
 
 
 def test_nearest_prefers_a_beginning() -> None:

@@ -85,7 +85,9 @@ def test_a_lying_mirror_is_refused_and_the_next_source_taken(
     be_home_site(monkeypatch, serve(mirrored(mnist_gz)).url, mnist_gz)
     arrays, said = fetch(MNIST, tmp_path)
     assert same(arrays, mnist)
-    assert "no luck with mirror" in said[1] and said[-1] == "mnist: verified, from home site"
+    assert (
+        "could not be had from mirror" in said[1] and said[-1] == "mnist: verified, from home site"
+    )
 
 
 def test_a_silent_mirror_times_out(

@@ -37,6 +37,10 @@ def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> 
         files = {f"distcv/{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
         assert files and files <= inside
     assert "distcv/train.py" in inside
+    (entries,) = (name for name in inside if name.endswith("entry_points.txt"))
+    listed = zipfile.ZipFile(wheel).read(entries).decode()
+    for module in ("train", "summary", "data"):
+        assert f"distcv-{module} = distcv.{module}" in listed
     assert not any(name.startswith(("tests/", "data/", "runs/")) for name in inside)
 
 

@@ -86,7 +86,7 @@ def parse_arguments(
             return validated(
                 lambda: tyro.cli(
                     cls,
-                    prog=f"python -m {prog}",
+                    prog=_shown_name(prog, args),
                     description=description,
                     args=args,
                     default=tyro.MISSING if default is None else default,
@@ -97,6 +97,13 @@ def parse_arguments(
         if stop.code in (0, None):
             raise
         raise InputError(_first_line_of_box(said.getvalue())) from None
+
+
+def _shown_name(module: str, args: list[str]) -> str:
+    """The command as it was called; in a completion script, the one that shells can complete."""
+    script = module.replace(".", "-")
+    called = Path(sys.argv[0]).name == script or any("completion" in arg for arg in args[:1])
+    return script if called else f"python -m {module}"
 
 
 def known_flags(cls: Any) -> list[str]:

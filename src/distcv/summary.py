@@ -109,5 +109,10 @@ def main() -> None:
     print(layer_table(model, (arguments.batch_size, *home.shape)))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: :func:`main`, and its exit code."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

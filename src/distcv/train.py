@@ -241,5 +241,10 @@ def make_result(
     }
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: :func:`main`, and its exit code."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -84,5 +84,10 @@ def _write_picture(path: Path, data: "ImageData", recipe: Recipe, rows: int) -> 
         raise InputError(f"--show {path}: {error}: give the name of a .png file") from None
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Entry point: :func:`main`, and its exit code."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -62,7 +62,7 @@ def fetch(
         # ValueError: InputError is one, and what urllib says to a malformed URL or header.
         except (ValueError, OSError, http.client.HTTPException) as error:
             reasons.append(f"{name}: {one_line(error)}")
-            report(f"{info.name}: no luck with {reasons[-1]}")
+            report(f"{info.name}: could not be had from {reasons[-1]}")
     file = info.files[0][0]
     remedies = [
         f"put {', '.join(name for name, _ in info.files)} into {data_dir / info.name}",
