@@ -46,6 +46,7 @@ def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> 
 
 @pytest.mark.slow
 def test_the_wheel_works_away_from_the_clone(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
@@ -64,7 +65,9 @@ def test_the_wheel_works_away_from_the_clone(wheel: Path, tmp_path: Path) -> Non
         assert printed == load_recipe(name).to_yaml()
     flags = "--model gap --dataset synthetic --max-steps 5 --name w"
     python("-m", "distcv.train", *flags.split())
-    assert json.loads((tmp_path / "runs/w/result.json").read_text())["steps"] == 5
+    result = json.loads((tmp_path / "runs/w/result.json").read_text())
+    assert result["steps"] == 5
+    assert result["commit"] is None, "the folder's own repository is not distcv's"
 
 
 def shell_lines() -> list[str]:

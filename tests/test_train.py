@@ -104,6 +104,8 @@ def test_run_folder_holds_everything(runs: Runs, short: str) -> None:
     environment = json.loads((folder / "environment.json").read_text())
     assert len(environment["starts"]) == 1
     assert environment["starts"][0]["versions"]["torch"]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert result["commit"].removesuffix("-dirty") == head.stdout.strip()
     steps = [row["step"] for row in runs.rows("short") if row["event"] == "train"]
     assert steps == [10, 20, 30]
     last = runs.rows("short")[-1]

@@ -63,11 +63,25 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the clone this code runs from, with ``-dirty`` if it was changed; None outside."""
-    here = str(Path(__file__).resolve().parent)
+    """Commit of the clone this code runs from, with ``-dirty`` if it was changed.
+
+    None for an installed package, also where a repository of something else lies around it.
+    """
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / ".git").exists():
+        return None
     try:
         said = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            [
+                "git",
+                "-C",
+                str(clone),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ],
             capture_output=True,
             text=True,
             timeout=10,
