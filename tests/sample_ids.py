@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from distcv.command_line import read_command_line, run_command
 from distcv.data import load_dataset
-from distcv.models import MODELS
+from distcv.models import find_model
 from distcv.runtime import Runtime
 from distcv.training import build
 
 
 def main() -> None:
     out, data_dir, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    recipe, _ = read_command_line(prog="", description="", models=MODELS, args=sys.argv[4:])
+    recipe, _ = read_command_line(prog="", description="", find_model=find_model, args=sys.argv[4:])
     runtime = Runtime(recipe)
     training = build(recipe, load_dataset(recipe.dataset, data_dir), runtime)
     batches = iter(training.train_loader)

@@ -30,7 +30,9 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def read(*flags: str) -> tuple[Recipe, object]:
-    return read_command_line(prog="distcv.train", description="", models=MODELS, args=list(flags))
+    return read_command_line(
+        prog="distcv.train", description="", find_model=find_model, args=list(flags)
+    )
 
 
 def test_every_model_has_a_recipe_of_its_name() -> None:

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -160,19 +160,24 @@ class CommandLine(Strict):
 
 
 def read_command_line(
-    *, prog: str, description: str, models: Iterable[str], args: list[str] | None = None
+    *,
+    prog: str,
+    description: str,
+    find_model: Callable[[str], object],
+    args: list[str] | None = None,
 ) -> tuple[Recipe, RunOptions]:
     """Resolve recipe and run options: recipe file first, flags over it.
 
     ``--model NAME`` starts from the recipe of that name unless ``--recipe`` names another.
 
     Raises:
-        InputError: see :func:`load_recipe` and :func:`parse_arguments`.
+        InputError: see :func:`load_recipe` and :func:`parse_arguments`; or ``find_model`` knows
+            no such model.
     """
     args = sys.argv[1:] if args is None else args
     model, recipe_name = _flag_value(args, "model"), _flag_value(args, "recipe")
-    if model is not None and model not in models:
-        raise InputError(f"unknown model {model!r}: {nearest(model, models)}")
+    if model is not None:
+        find_model(model)
     start = load_recipe(recipe_name or model or "gap")
     command_line = parse_arguments(
         CommandLine,

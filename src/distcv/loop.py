@@ -145,9 +145,9 @@ def share_statistics(training: Training) -> None:
     """
     for name, buffer in training.network.named_buffers():
         if buffer.is_floating_point():
-            training.runtime.average([buffer])
+            training.runtime.average(buffer)
             if training.ema:
-                training.runtime.average([training.ema.average[name]])
+                training.runtime.average(training.ema.average[name])
 
 
 @torch.no_grad()

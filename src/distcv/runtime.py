@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
-        for tensor in tensors:
-            if self.processes > 1:
-                dist.all_reduce(tensor)
-                tensor /= self.processes
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the processes."""
+        if self.processes > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.processes
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler, plain numbers; empty in other precisions."""

@@ -92,6 +92,12 @@ class RunFolder:
         """Write result.json."""
         self._write(self.result, json.dumps(result, indent=1) + "\n")
 
+    def read_result(self) -> dict[str, Any] | None:
+        """The result of a finished run, or None."""
+        if not self.result.exists():
+            return None
+        return dict(json.loads(self.result.read_text()))
+
     def tracker_id(self) -> str:
         """An id for this run in trackers, the same after every restart."""
         path = self.path / "tracker.json"
@@ -263,10 +269,3 @@ def _has_wandb_key() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def read_result(folder: RunFolder) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
-    if not folder.result.exists():
-        return None
-    return dict(json.loads(folder.result.read_text()))

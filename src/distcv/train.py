@@ -24,7 +24,7 @@ def main() -> int:
     recipe, options = read_command_line(
         prog="distcv.train",
         description="Train an image classifier; the recipe of --model is where the values start.",
-        models=MODELS,
+        find_model=find_model,
     )
     find_model(recipe.model)
     find_dataset(recipe.dataset)
@@ -48,7 +48,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     from distcv.loop import share_statistics, train_epoch
     from distcv.preempt import STOPPED, StopRequest
     from distcv.runtime import Runtime
-    from distcv.tracking import Console, RunFolder, Trackers, read_result
+    from distcv.tracking import Console, RunFolder, Trackers
     from distcv.training import Progress, build, restore, snapshot
 
     # Where: processes, run folder, console.
@@ -57,7 +57,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     default_name = f"{recipe.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
     runtime.on_main(lambda: folder.open(recipe))
-    if (finished := runtime.on_main(lambda: read_result(folder))) is not None:
+    if (finished := runtime.on_main(folder.read_result)) is not None:
         console.say(
             f"run {folder.path} is finished: test accuracy {finished['test_accuracy']:.2f} % "
             f"after {finished['epochs']:g} epochs; choose another --name to train again"
@@ -71,9 +71,8 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     data = load_dataset(recipe.dataset, options.data_dir, shape=shape, report=console.say)
     training = build(recipe, data, runtime)
     runtime.on_main(lambda: check_space(folder, training))
-    parameters = sum(p.numel() for p in training.network.parameters())
     console.say(
-        f"{recipe.model} ({parameters:,} parameters) on {recipe.dataset}, batch "
+        f"{recipe.model} ({training.parameters:,} parameters) on {recipe.dataset}, batch "
         f"{recipe.batch_size}, {training.steps_per_epoch} steps an epoch, {recipe.precision}"
     )
     console.say(f"{runtime.describe()}; run folder {folder.path}")
@@ -217,7 +216,7 @@ def make_result(
     assert progress.best_step is not None
     return {
         "model": recipe.model,
-        "params": sum(p.numel() for p in training.network.parameters()),
+        "params": training.parameters,
         "dataset": recipe.dataset,
         "seed": recipe.seed,
         "epochs": progress.step / training.steps_per_epoch,

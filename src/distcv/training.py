@@ -62,6 +62,11 @@ class Training:
     classes: int
 
     @property
+    def parameters(self) -> int:
+        """Number of the network's parameters."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.batches.steps_per_epoch
 
