@@ -12,6 +12,7 @@ from distcv.checkpoint import Checkpoint
 from distcv.config import Recipe
 from distcv.models import build_model
 from distcv.optim import OPTIMIZERS
+from distcv.runtime.strategies import WholeCopies
 
 STATE = {"progress": {"step": 3, "seconds": 0.1}, "seed": 7}
 
@@ -44,11 +45,13 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_optimizer_state_goes_round_under_plain_names(name: str, tmp_path: Path) -> None:
     recipe = Recipe(optimizer=name, lr=0.01)  # type: ignore[arg-type]
 
-    def built() -> tuple[torch.nn.Module, torch.optim.Optimizer, list[str]]:
+    def built() -> tuple[torch.nn.Module, torch.optim.Optimizer, WholeCopies]:
         torch.manual_seed(0)
         model = build_model("gap", channels=1, classes=10)
         optimizer = OPTIMIZERS[name](model, recipe)
-        return model, optimizer, checkpoint.parameter_names(model, optimizer)
+        strategy = WholeCopies(recipe)
+        strategy.adopt(model, optimizer)
+        return model, optimizer, strategy
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
@@ -56,18 +59,19 @@ def test_optimizer_state_goes_round_under_plain_names(name: str, tmp_path: Path)
         optimizer.step()
         optimizer.zero_grad()
 
-    model, optimizer, names = built()
+    model, optimizer, strategy = built()
     step(model, optimizer, 1)
-    tensors = checkpoint.optimizer_tensors(optimizer, names)
+    tensors = dict(strategy.optimizer_tensors())
     assert {key.rsplit(":", 1)[0] for key in tensors} == {n for n, _ in model.named_parameters()}
     checkpoint.save(
         tmp_path, 1, Checkpoint({"model": model.state_dict(), "optimizer": tensors}, {})
     )
 
     held = checkpoint.load(tmp_path / "step-00000001")
-    again, again_optimizer, again_names = built()
-    again.load_state_dict(held.tensors["model"])
-    checkpoint.load_optimizer_tensors(again_optimizer, again_names, held.tensors["optimizer"])
+    again, again_optimizer, strategy = built()
+    with torch.no_grad():
+        strategy.load_weights(held.tensors["model"])
+    strategy.load_optimizer_tensors(held.tensors["optimizer"])
     step(model, optimizer, 2)
     step(again, again_optimizer, 2)
     for one, two in zip(model.parameters(), again.parameters(), strict=True):

@@ -145,7 +145,6 @@ def test_stable_flags() -> None:
         ("--recipe {tmp}/wrong_value.yaml", "batch_size = 'big'"),
         ("--model plain --dataset cifar10 --data-dir {data} --runs-dir {tmp}", "28x28"),
         ("--batch-size 70000 --data-dir {data} --runs-dir {tmp}", "60000 training samples"),
-        ("--precision fp16 --data-dir {data} --runs-dir {tmp}", "CUDA"),
         ("--runs-dir /dev/null/x --data-dir {data}", "runs-dir"),
     ],
 )

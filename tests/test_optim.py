@@ -120,7 +120,8 @@ def test_weight_decay_spares_vectors_unless_asked() -> None:
 
 def test_moving_average_follows_the_weights_and_swaps_back() -> None:
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    average = MovingAverage(model, decay=0.5)
+    live = dict(model.named_parameters()) | {"1.running_mean": model[1].running_mean}
+    average = MovingAverage({name: tensor.detach() for name, tensor in live.items()}, decay=0.5)
     weight = next(model.parameters())
     expected = float(weight.detach())
     for step in range(8):

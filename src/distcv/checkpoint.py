@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,39 +29,6 @@ class Checkpoint:
 
     tensors: dict[str, Tensors]
     state: dict[str, Any]
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> Tensors:
-    """The optimizer's state under ``parameter name:slot``; names in the order of its parameters."""
-    return {
-        f"{names[index]}:{slot}": value
-        for index, slots in optimizer.state_dict()["state"].items()
-        for slot, value in slots.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: Tensors
-) -> None:
-    """Put back what :func:`optimizer_tensors` gave; rates and decays stay the recipe's.
-
-    Raises:
-        KeyError: a tensor of a parameter that the model doesn't have.
-    """
-    index_of = {name: index for index, name in enumerate(names)}
-    state: dict[int, Tensors] = {}
-    for key, value in tensors.items():
-        name, slot = key.rsplit(":", 1)
-        state.setdefault(index_of[name], {})[slot] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def parameter_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimizer's parameters in its own order."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:

@@ -49,6 +49,12 @@ class RunOptions(Strict):
     )
     project: str = Field("distcv", description="Project name in the tracker.")
     compile: bool = Field(False, description="Compile the network with torch.compile.")
+    sync_bn: bool = Field(
+        False, description="Take BatchNorm's statistics over the shares of all processes."
+    )
+    hang_timeout: float = Field(
+        120.0, ge=1, description="Seconds without a sign of life after which a process is given up."
+    )
     log_every: int = Field(20, ge=1, description="Steps between two rows of training metrics.")
     checkpoint_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints, beside the one after every epoch."

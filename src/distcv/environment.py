@@ -1,11 +1,13 @@
 """What surrounds a run: thread settings made before torch is loaded, and the record of it all."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,14 @@ def _user_has_set(name: str) -> bool:
         return name in psutil.Process(os.getppid()).environ()
     except (psutil.Error, OSError):
         return True
+
+
+def launch_time() -> time.struct_time:
+    """When this training was started: the same in all restarts by an elastic launcher."""
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        with contextlib.suppress(psutil.Error):
+            return time.localtime(psutil.Process(os.getppid()).create_time())
+    return time.localtime()
 
 
 def cpu_name() -> str:

@@ -13,7 +13,7 @@ from distcv.data.loading import PADDING
 from distcv.optim import lr_at
 from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
-from distcv.training import Progress, Training
+from distcv.training import Progress, Training, averaged_weights
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def train_epoch(
 
     last_logged = 0.0
     while progress.step < end:
+        runtime.beat(progress.step)
         lr = lr_at(progress.step, recipe, training.steps_per_epoch, training.total_steps)
         for group in training.optimizer.param_groups:
             group["lr"] = lr
@@ -84,7 +85,8 @@ def train_epoch(
             runtime.seed_step(progress.step, part)
             with runtime.accumulate(training.model):
                 inputs, targets = training.augment(batch, epoch)
-                logits = training.model(inputs)
+                with runtime.autocast():
+                    logits = training.model(inputs).float()
                 loss_sum = F.cross_entropy(
                     logits, targets, reduction="sum", label_smoothing=recipe.label_smoothing
                 )
@@ -141,8 +143,11 @@ def share_statistics(training: Training) -> None:
     """Make BatchNorm's running statistics the same on all processes: their mean.
 
     Each process has seen another share of every batch. Running statistics are linear in what was
-    seen, so the result does not depend on how often they are averaged (but for rounding).
+    seen, so the result does not depend on how often they are averaged (but for rounding). With
+    SyncBatchNorm they are the same already.
     """
+    if training.runtime.sync_bn:
+        return
     for name, buffer in training.network.named_buffers():
         if buffer.is_floating_point():
             training.runtime.average(buffer)
@@ -158,19 +163,16 @@ def evaluate(training: Training) -> Evaluation:
     """
     runtime, classes = training.runtime, training.classes
     share_statistics(training)
-    if training.ema:
-        training.ema.swap()
     training.model.eval()
     loss_sum = torch.zeros((), device=runtime.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
-    for batch in training.test_loader:
-        counted = batch.ids != PADDING
-        logits = training.model(training.augment.normalize(batch.images))
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        loss_sum += (losses * counted).sum()
-        confusion.scatter_add_(0, batch.labels * classes + logits.argmax(1), counted.long())
-    if training.ema:
-        training.ema.swap()
+    with averaged_weights(training), runtime.autocast():
+        for batch in training.test_loader:
+            counted = batch.ids != PADDING
+            logits = training.model(training.augment.normalize(batch.images)).float()
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            loss_sum += (losses * counted).sum()
+            confusion.scatter_add_(0, batch.labels * classes + logits.argmax(1), counted.long())
     runtime.sum(loss_sum)
     table = runtime.sum(confusion).view(classes, classes)  # row: label, column: prediction
     samples = int(table.sum())

@@ -181,28 +181,20 @@ class MovingAverage:
 
     In the first steps the decay is lower, (1 + n) / (10 + n), so that the average does not hang on
     to the initial weights. torch's AveragedModel is not used: it reads a counter from the device
-    in every step, which makes the host wait. Build it once the model is on its device.
+    in every step, which makes the host wait. ``live`` are the tensors to follow, by name, in the
+    memory that the optimizer writes to.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, live: dict[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.live = {
-            name: tensor.detach()
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if tensor.is_floating_point()
-        }
-        self.average = {name: tensor.clone() for name, tensor in self.live.items()}
+        self.live = live
+        self.average = {name: tensor.clone() for name, tensor in live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step ``step`` (the first is 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)
-
-    def load(self, average: dict[str, Tensor]) -> None:
-        """Take over the averages of a checkpoint."""
-        for name, tensor in self.average.items():
-            tensor.copy_(average[name])
 
     @torch.no_grad()
     def swap(self) -> None:

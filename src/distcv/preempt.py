@@ -33,6 +33,10 @@ class StopRequest:
         """Whether a signal came or the file ``STOP`` lies in the run folder."""
         return self.signalled or self.file.exists()
 
+    def note(self) -> None:
+        """Leave the file behind, so that a launcher's restart does not undo the stop."""
+        self.file.touch()
+
     def restore(self) -> None:
         """Give the signals back to their former handlers."""
         for number, handler in self.previous.items():

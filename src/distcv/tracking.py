@@ -8,6 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,17 +64,28 @@ class RunFolder:
                     f"{new[name]}: choose another --name, or the same recipe to go on"
                 )
 
-    def record_start(self, options: RunOptions, runtime: Runtime) -> dict[str, Any]:
-        """Add this start to environment.json; what was there before stays."""
-        start = describe_environment() | {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "device": runtime.device_name,
-            "processes": runtime.processes,
-            "strategy": runtime.strategy,
-            "options": options.model_dump(mode="json"),
-        }
+    def record_start(
+        self, options: RunOptions, runtime: Runtime, newest: Path | None
+    ) -> dict[str, Any]:
+        """Add this start to environment.json, with what is other than at the one before.
+
+        After a restart by the launcher, also the seconds lost: since the checkpoint that is gone on
+        from, or since the former start.
+        """
         path = self.path / "environment.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
+        now = time.time()
+        start: dict[str, Any] = describe_environment() | runtime.record()
+        start |= {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)),
+            "options": options.model_dump(mode="json"),
+            "resumes": newest.name if newest else None,
+        }
+        if starts:
+            start["changed"] = _differences(starts[-1], start)
+        if starts and runtime.restarts:
+            began = datetime.fromisoformat(starts[-1]["time"]).timestamp()
+            start["seconds_lost"] = now - (newest.stat().st_mtime if newest else began)
         self._write(path, json.dumps({"starts": [*starts, start]}, indent=1))
         return start
 
@@ -110,6 +122,18 @@ class RunFolder:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(text)
         temporary.replace(path)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """What two starts do not share, as [before, now]; options and versions one by one."""
+
+    def flat(start: dict[str, Any]) -> dict[str, Any]:
+        inner: dict[str, Any] = start.get("options", {}) | start.get("versions", {})
+        passing = {"time", "options", "versions", "resumes", "changed", "seconds_lost", "restarts"}
+        return {k: v for k, v in start.items() if k not in passing} | inner
+
+    old, new = flat(before), flat(now)
+    return {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
 
 
 def _row_step(row: str) -> float:

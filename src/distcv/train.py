@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from distcv.command_line import RunOptions, read_command_line, run_command
 from distcv.config import InputError, Recipe
 from distcv.data import DATASETS, find_dataset
-from distcv.environment import set_thread_environment
+from distcv.environment import launch_time, set_thread_environment
 from distcv.models import MODELS, find_model
 
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
+    from distcv.runtime import Runtime
     from distcv.tracking import RunFolder
     from distcv.training import Progress, Training
 
@@ -43,18 +44,32 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     Raises:
         InputError: anything that is wrong before step 1.
     """
+    from distcv.runtime import Runtime
+
+    runtime = Runtime(
+        recipe,
+        compile=options.compile,
+        sync_bn=options.sync_bn,
+        hang_timeout=options.hang_timeout,
+    )
+    with runtime.peers_named():
+        code = run(recipe, options, runtime)
+        runtime.close()
+    return code
+
+
+def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
+    """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
     from distcv.data import load_dataset
     from distcv.loop import share_statistics, train_epoch
-    from distcv.preempt import STOPPED, StopRequest
-    from distcv.runtime import Runtime
+    from distcv.preempt import STOP_FILE, STOPPED, StopRequest
     from distcv.tracking import Console, RunFolder, Trackers
     from distcv.training import Progress, build, restore, snapshot
 
     # Where: processes, run folder, console.
-    runtime = Runtime(recipe, compile=options.compile)
     console = Console(runtime, recipe)
-    default_name = f"{recipe.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default_name = f"{recipe.model}-{time.strftime('%Y%m%d-%H%M%S', launch_time())}"
     folder = RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
     runtime.on_main(lambda: folder.open(recipe))
     if (finished := runtime.on_main(folder.read_result)) is not None:
@@ -62,27 +77,31 @@ def train(recipe: Recipe, options: RunOptions) -> int:
             f"run {folder.path} is finished: test accuracy {finished['test_accuracy']:.2f} % "
             f"after {finished['epochs']:g} epochs; choose another --name to train again"
         )
-        runtime.close()
         return 0
-    start = runtime.on_main(lambda: folder.record_start(options, runtime))
+    if runtime.from_main(runtime.restarts > 0 and (folder.path / STOP_FILE).exists()):
+        return STOPPED  # the launcher took the stop for a failure
+    newest = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, console.say))
+    start = runtime.on_main(lambda: folder.record_start(options, runtime, newest))
 
     # What: data, network, optimizer, as if for one device, then wrapped for the strategy.
     shape = DATASETS[MODELS[recipe.model].dataset].shape if recipe.dataset == "synthetic" else None
     data = load_dataset(recipe.dataset, options.data_dir, shape=shape, report=console.say)
     training = build(recipe, data, runtime)
     runtime.on_main(lambda: check_space(folder, training))
-    console.say(
-        f"{recipe.model} ({training.parameters:,} parameters) on {recipe.dataset}, batch "
-        f"{recipe.batch_size}, {training.steps_per_epoch} steps an epoch, {recipe.precision}"
-    )
-    console.say(f"{runtime.describe()}; run folder {folder.path}")
+    for line in training.describe():
+        console.say(line)
+    console.say(f"run folder {folder.path}")
 
     # Resume, if the run folder holds a checkpoint.
     progress = Progress()
-    newest = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, console.say))
     if newest is not None:
         progress = restore(training, checkpoint.load(newest))
         console.say(f"resuming after step {progress.step}, from {newest}")
+    if start.get("changed"):
+        changes = (f"{key} {old} -> {new}" for key, (old, new) in start["changed"].items())
+        console.say(f"since the last start: {', '.join(changes)}")
+    if "seconds_lost" in start:
+        console.say(f"restart {runtime.restarts}: {start['seconds_lost']:.1f} s lost")
     runtime.on_main(lambda: folder.cut_metrics(progress.step))
     trackers = Trackers(runtime, folder, recipe, options, console)
     stop = StopRequest(folder.path)
@@ -100,10 +119,9 @@ def train(recipe: Recipe, options: RunOptions) -> int:
 
     def save() -> None:
         share_statistics(training)
+        tracker_id = folder.tracker_id() if runtime.is_main else ""
+        held = snapshot(training, progress, tracker_id=tracker_id, versions=start["versions"])
         if runtime.is_main:
-            held = snapshot(
-                training, progress, tracker_id=folder.tracker_id(), versions=start["versions"]
-            )
             checkpoint.save(folder.checkpoints, progress.step, held)
             keep = {resumed_at, progress.best_step} | every_nth_epoch(training, options)
             checkpoint.prune(folder.checkpoints, keep=keep)
@@ -132,7 +150,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
                 f"stopped after step {progress.step}; to go on: the same command with "
                 f"--name {folder.path.name}"
             )
-            runtime.close()
+            runtime.on_main(stop.note)
             return STOPPED
         evaluation = timed_evaluation(training, progress)
         row = epoch_row(training, progress, evaluation)
@@ -151,7 +169,6 @@ def train(recipe: Recipe, options: RunOptions) -> int:
         f"{result['seconds']:.1f} s; result in {folder.result}"
     )
     trackers.close()
-    runtime.close()
     return 0
 
 
@@ -166,8 +183,8 @@ def every_nth_epoch(training: "Training", options: RunOptions) -> set[int]:
 def check_space(folder: "RunFolder", training: "Training") -> None:
     """Raise InputError unless the disk has room for the checkpoints that are kept at a time."""
     tensors = 3 if training.ema or training.recipe.optimizer != "sgd" else 2
-    size = sum(t.numel() * t.element_size() for t in training.network.state_dict().values())
-    needed, free = 4 * tensors * size + 2**20, shutil.disk_usage(folder.path).free
+    needed = 4 * tensors * 4 * training.parameters + 2**20
+    free = shutil.disk_usage(folder.path).free
     if free < needed:
         raise InputError(
             f"run folder {folder.path}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed for "

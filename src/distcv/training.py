@@ -1,6 +1,8 @@
 """The parts of one training, built as for one device, wrapped, saved and restored."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from distcv.augment import Augmenter
-from distcv.checkpoint import (
-    Checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    parameter_names,
-)
+from distcv.checkpoint import Checkpoint
 from distcv.config import InputError, Recipe
 from distcv.data import DATASETS, ImageData
 from distcv.data.loading import (
@@ -60,11 +57,7 @@ class Training:
     test_loader: DataLoader[Batch]
     test_samples: int
     classes: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of the network's parameters."""
-        return sum(p.numel() for p in self.network.parameters())
+    parameters: int  # of the whole network
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,6 +67,28 @@ class Training:
     def total_steps(self) -> int:
         whole = self.recipe.epochs * self.steps_per_epoch
         return min(whole, self.recipe.max_steps or whole)
+
+    def describe(self) -> list[str]:
+        """What is trained, and what runs where, in words."""
+        recipe, runtime = self.recipe, self.runtime
+        parts = runtime.processes * recipe.gradient_accumulation_steps
+        least, most = recipe.batch_size // parts, -(-recipe.batch_size // parts)
+        share = f"{least}" if least == most else f"{least} or {most}"
+        if recipe.gradient_accumulation_steps > 1:
+            share += f" x {recipe.gradient_accumulation_steps} parts"
+        lines = [
+            f"{recipe.model} ({self.parameters:,} parameters) on {recipe.dataset}, "
+            f"{recipe.precision}, batch {recipe.batch_size} ({share} a process), "
+            f"{self.steps_per_epoch} steps an epoch",
+            runtime.describe(),
+        ]
+        has_norm = any(isinstance(m, nn.BatchNorm2d) for m in self.network.modules())
+        if has_norm and runtime.processes > 1 and not runtime.sync_bn:
+            lines.append(
+                f"BatchNorm sees {share} samples at a time, those of one process: with --sync-bn "
+                "it sees those of all, and the curve is that of one process"
+            )
+        return lines
 
     def place(self, progress: Progress) -> dict[str, float]:
         """How far a training is: optimizer steps, epochs, samples."""
@@ -95,6 +110,7 @@ def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
     network = build_model(recipe.model, channels=channels, classes=classes, dropout=recipe.dropout)
     check_shape(network, recipe, tuple(data.train_images.shape[1:]))
     optimizer = OPTIMIZERS[recipe.optimizer](network, recipe)
+    parameters = sum(p.numel() for p in network.parameters())
 
     fits = runtime.has_room_for(data.train_images.nbytes + data.test_images.nbytes)
     train_images, test_images = (
@@ -126,13 +142,14 @@ def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
         network=network,
         model=model,
         optimizer=wrapped_optimizer,
-        ema=MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None,
+        ema=MovingAverage(runtime.averageable(), recipe.ema_decay) if recipe.ema_decay else None,
         augment=Augmenter(recipe, train_images, data.info),
         batches=batches,
         train_loader=train_loader,
         test_loader=test_loader,
         test_samples=len(test_images),
         classes=classes,
+        parameters=parameters,
     )
 
 
@@ -157,19 +174,21 @@ def _by(shape: tuple[int, ...]) -> str:
 def snapshot(
     training: Training, progress: Progress, *, tracker_id: str, versions: dict[str, Any]
 ) -> Checkpoint:
-    """Everything that a resumed run needs."""
-    names = parameter_names(training.network, training.optimizer)
+    """Everything that a resumed run needs; to be called by all processes, held by the main one."""
+    runtime = training.runtime
     tensors = {
-        "model": training.network.state_dict(),
-        "optimizer": optimizer_tensors(training.optimizer, names),
+        "model": runtime.on_host(runtime.weights()),
+        "optimizer": runtime.on_host(runtime.shared.optimizer_tensors()),
     }
     if training.ema:
-        tensors["ema"] = training.ema.average
+        tensors["ema"] = runtime.on_host(runtime.whole(training.ema.average))
     state = {
         "progress": dataclasses.asdict(progress),
         **training.place(progress),
         "seed": training.recipe.seed,
-        "scaler": training.runtime.scaler_state(),
+        "scaler": runtime.scaler_state(),
+        "strategy": runtime.strategy,
+        "processes": runtime.processes,
         "tracker_id": tracker_id,
         "config_sha256": training.recipe.sha256,
         "versions": versions,
@@ -177,12 +196,26 @@ def snapshot(
     return Checkpoint(tensors, state)
 
 
+@torch.no_grad()
 def restore(training: Training, held: Checkpoint) -> Progress:
-    """Put a checkpoint back into a training that was just built; the progress it had."""
-    names = parameter_names(training.network, training.optimizer)
-    training.network.load_state_dict(held.tensors["model"])
-    load_optimizer_tensors(training.optimizer, names, held.tensors["optimizer"])
+    """Put a checkpoint back into a training that was built; the progress it had."""
+    runtime = training.runtime
+    runtime.shared.load_weights(held.tensors["model"])
+    runtime.shared.load_optimizer_tensors(held.tensors["optimizer"])
     if training.ema:
-        training.ema.load(held.tensors["ema"])
-    training.runtime.load_scaler_state(held.state["scaler"])
+        for name, piece in runtime.pieces(held.tensors["ema"]).items():
+            training.ema.average[name].copy_(piece)
+    runtime.load_scaler_state(held.state["scaler"])
     return Progress(**held.state["progress"])
+
+
+@contextlib.contextmanager
+def averaged_weights(training: Training) -> Iterator[None]:
+    """The network with the moving average in place of its weights, if there is one."""
+    if training.ema:
+        training.ema.swap()
+        training.runtime.shared.weights_changed()
+    yield
+    if training.ema:
+        training.ema.swap()
+        training.runtime.shared.weights_changed()

@@ -80,7 +80,7 @@ class TrainingBatches(Sampler[Tensor]):
             )
         # Not named batch_size: Accelerate would drop parts of another length than that.
         self.samples, self.global_batch, self.seed = samples, batch_size, seed
-        self.parts = processes * accumulation
+        self.processes, self.accumulation = processes, accumulation
         self.steps_per_epoch = samples // batch_size
         self.seek(0)
 
@@ -89,13 +89,14 @@ class TrainingBatches(Sampler[Tensor]):
         self.epoch, self.first = divmod(step, self.steps_per_epoch)
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first) * self.parts
+        return (self.steps_per_epoch - self.first) * self.accumulation * self.processes
 
     def __iter__(self) -> Iterator[Tensor]:
         order = permutation(hash_int(self.seed, self.epoch), self.samples)
         for step in range(self.first, self.steps_per_epoch):
             batch = order[step * self.global_batch : (step + 1) * self.global_batch]
-            yield from batch.tensor_split(self.parts)
+            for part in batch.tensor_split(self.accumulation):
+                yield from part.tensor_split(self.processes)
 
 
 class EvaluationBatches(Sampler[Tensor]):

@@ -1,9 +1,9 @@
-"""Processes, devices, precision and strategy: the only room that knows Accelerate."""
+"""Processes, devices, precision: the only room that knows Accelerate and DeepSpeed."""
 
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     LoggerType,
-    parse_flag_from_env,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
+from distcv.runtime.heartbeat import Heartbeat, die, own_store
+from distcv.runtime.launch import check_devices, check_processes, choose_strategy, stay_on_cpu
+from distcv.runtime.sync_bn import convert
+from distcv.runtime.zero import Zero
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROCESS_TIMEOUT = timedelta(minutes=10)
 
 
@@ -33,22 +36,29 @@ class Runtime:
     """Where and how one training is executed, on this process and on its peers.
 
     Raises:
-        InputError: a strategy that is not supported, processes that were started but did not join,
-            or a precision that the device has no arithmetic for.
+        InputError: a strategy that is not supported or can't be combined with the recipe, or
+            processes that were started but did not join.
     """
 
-    def __init__(self, recipe: Recipe, *, compile: bool = False) -> None:
-        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-                raise InputError(
-                    f"the launch file asks for {name}, which is not supported: set its "
-                    "distributed_type to MULTI_GPU"
-                )
-        # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.
-        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        compile: bool = False,
+        sync_bn: bool = False,
+        hang_timeout: float = 120.0,
+    ) -> None:
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once installed, would tell
+        strategy = choose_strategy(recipe)
+        check_devices()
+        on_cpu = stay_on_cpu() and strategy.on_cpu_flag
+        backend = {"backend": "gloo"} if stay_on_cpu() and not on_cpu else {}
         self.accelerator = Accelerator(
+            # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.
             cpu=on_cpu,
-            mixed_precision=PRECISIONS[recipe.precision],
+            device_placement=False,  # network and data are moved when they are made
+            mixed_precision="no",  # see autocast: the same arithmetic under every strategy
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
             ),
@@ -61,36 +71,45 @@ class Runtime:
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True, broadcast_buffers=False
                 ),
-                InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+                InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT, **backend),
             ],
+            **strategy.accelerator_options(),
         )
+        check_processes(self.accelerator)
+        strategy.joined(self.accelerator)
+        self.shared = strategy
+        self.strategy: str = strategy.name
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.processes != started:
-            raise InputError(
-                f"{started} processes were started but {self.processes} joined: check the launch "
-                "file's distributed_type and use_cpu"
-            )
         self.rank: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
+        self.heartbeat: Heartbeat | None = None
+        if self.processes > 1:
+            self.heartbeat = Heartbeat(own_store(), self.rank, self.processes, timeout=hang_timeout)
+            self.heartbeat.start()
         self.accumulation = recipe.gradient_accumulation_steps
         self.seed, self.has_dropout = recipe.seed, recipe.dropout > 0
-        self.compile = compile
-        if recipe.precision == "fp16" and self.device.type != "cuda":
-            raise InputError(
-                f"precision fp16 needs a CUDA device, here is {self.device.type}: use bf16 or fp32"
-            )
+        self.compile, self.sync_bn = compile, sync_bn and self.processes > 1
+        self.precision = AUTOCAST[recipe.precision]
+        if recipe.precision == "fp16" and not isinstance(strategy, Zero):  # which has its own
+            self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
 
     @property
-    def strategy(self) -> str:
-        """How the processes share the model: ``single``, or Accelerate's name such as ``ddp``."""
-        if self.processes == 1:
-            return "single"
-        kind = str(self.accelerator.distributed_type.value).lower()
-        return "ddp" if kind.startswith("multi_") else kind
+    def nodes(self) -> int:
+        """Nodes (machines) that take part."""
+        return max(1, self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    @property
+    def restarts(self) -> int:
+        """How often the launcher has started this group of processes anew after a failure."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+    def beat(self, step: int) -> None:
+        """Tell the peers which step this process is at."""
+        if self.heartbeat:
+            self.heartbeat.beat(step)
 
     @property
     def device_name(self) -> str:
@@ -112,17 +131,50 @@ class Runtime:
         graph at its buckets (pytorch issue 139207).
         """
         network.to(self.device)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.shared.keeps_memory_format:
             network.to(memory_format=torch.channels_last)
-        trained = torch.compile(network) if self.compile else network
-        # The batches are on the device already.
-        placement = [True, True] + [False] * len(loaders)
+        if self.sync_bn:
+            convert(network, self.device)
+        self.shared.adopt(network, optimizer)
+        if self.compile:
+            network.compile()
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers; Accelerate knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return tuple(
-                self.accelerator.prepare(trained, optimizer, *loaders, device_placement=placement)
-            )
+            prepared = self.accelerator.prepare(network, optimizer, *loaders)
+        self.shared.wrapped(prepared[0], prepared[1])
+        return tuple(prepared)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Half precision where it is safe; weights, gradients and their exchange stay fp32."""
+        if self.precision is None or isinstance(self.shared, Zero):  # DeepSpeed does it itself
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The network's whole parameters and buffers by name; by all processes together."""
+        yield from self.whole(self.shared.pieces())
+        yield from self.shared.network.named_buffers()
+
+    def averageable(self) -> dict[str, Tensor]:
+        """What a moving average follows: this process's pieces of the weights, and statistics."""
+        buffers = self.shared.network.named_buffers()
+        return self.shared.pieces() | {n: b for n, b in buffers if b.is_floating_point()}
+
+    def whole(self, pieces: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors of pieces such as those of :meth:`averageable`; by all together."""
+        weights = self.shared.pieces()
+        for name, piece in pieces.items():
+            yield name, self.shared.whole(name, piece) if name in weights else piece
+
+    def pieces(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The reverse of :meth:`whole`: what this process holds of whole tensors."""
+        weights = self.shared.pieces()
+        return {n: self.shared.piece(n, t) if n in weights else t for n, t in whole.items()}
+
+    def on_host(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors in the main process's memory, one after the other; elsewhere nothing is kept."""
+        return {name: t.detach().cpu() for name, t in tensors if self.is_main}
 
     def seed_step(self, step: int, part: int) -> None:
         """Make dropout a function of seed, step, accumulation part and rank."""
@@ -152,7 +204,8 @@ class Runtime:
 
     def clip(self, model: nn.Module, norm: float) -> None:
         """Scale the whole gradient down to this norm, if it is larger."""
-        self.accelerator.clip_grad_norm_(model.parameters(), norm)
+        if not isinstance(self.shared, Zero):  # whose engine does it in its step
+            self.accelerator.clip_grad_norm_(model.parameters(), norm)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, the same on each; to be called by all of them."""
@@ -168,11 +221,15 @@ class Runtime:
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler, plain numbers; empty in other precisions."""
-        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler else {}
+        return dict(self._scaler.state_dict()) if self._scaler else {}
 
     def load_scaler_state(self, state: dict[str, Any]) -> None:
-        if self.accelerator.scaler and state:
-            self.accelerator.scaler.load_state_dict(state)
+        if self._scaler and state:
+            self._scaler.load_state_dict(state)
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return self.shared.scaler(self.accelerator)
 
     def start_trackers(
         self, names: Sequence[str], project: str, folder: Path, options: dict[str, dict[str, Any]]
@@ -237,13 +294,41 @@ class Runtime:
         """
         if dist.is_initialized():
             dist.barrier()
+            if self.heartbeat:
+                self.heartbeat.close()
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def peers_named(self) -> Iterator[None]:
+        """End with one line that names a peer, if an exchange with the others fails in here."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.heartbeat is None or not _is_lost_connection(error):
+                raise
+            first = str(error).splitlines()[0]
+            die(f"rank {self.rank} lost touch with {self.heartbeat.describe()} ({first})")
 
     def describe(self) -> str:
         """One line: what runs where."""
-        nodes = max(1, self.processes // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        nodes, threads = self.nodes, torch.get_num_threads()
         return (
             f"{self.processes} process{'es' * (self.processes > 1)} on {nodes} "
             f"node{'s' * (nodes > 1)}, {self.device_name}, {self.strategy}, "
-            f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each"
+            f"{threads} thread{'s' * (threads > 1)} each"
         )
+
+    def record(self) -> dict[str, Any]:
+        """The same for environment.json."""
+        return {
+            "device": self.device_name,
+            "processes": self.processes,
+            "nodes": self.nodes,
+            "strategy": self.strategy,
+            "restarts": self.restarts,
+        }
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an exchange between processes failed: gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -1,0 +1,135 @@
+"""What the launcher asked for: the strategy, and how many processes."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import parse_flag_from_env
+
+from distcv.config import InputError, Recipe
+from distcv.runtime.strategies import Fsdp2, WholeCopies
+from distcv.runtime.zero import Zero
+
+
+def stay_on_cpu() -> bool:
+    """Whether there is no accelerator, or the launch file says not to use it."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def choose_strategy(recipe: Recipe) -> WholeCopies:
+    """The strategy that the launch file asks for.
+
+    Raises:
+        InputError: it is none of ours, or can't be combined with the recipe.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return _zero(recipe)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return _fsdp2(recipe)
+    for name in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise InputError(
+                f"the launch file asks for {name}, which is not supported: use one of launch/*.yaml"
+            )
+    return WholeCopies(recipe)
+
+
+def _fsdp2(recipe: Recipe) -> Fsdp2:
+    _need_launcher("FSDP")
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise InputError(
+            f"fsdp_version {os.environ.get('FSDP_VERSION', '1')} is not supported: set it to 2, as "
+            "in launch/fsdp2.yaml"
+        )
+    return Fsdp2(recipe)
+
+
+def _zero(recipe: Recipe) -> Zero:
+    _need_launcher("DeepSpeed")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            "the launch file asks for DeepSpeed, which is not installed: pip install "
+            "'distcv[deepspeed]', or use launch/fsdp2.yaml"
+        )
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+        raise InputError(
+            "deepspeed_config_file is not supported, since the recipe says most of what it would: "
+            "set zero_stage in the launch file, as in launch/zero2.yaml"
+        )
+    for what in ("OPTIMIZER", "PARAM"):
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none").lower() != "none":
+            raise InputError(
+                f"offload_{what.lower()}_device is not supported: set it to none in the launch file"
+            )
+    if stay_on_cpu() and torch.accelerator.is_available():
+        raise InputError(
+            "DeepSpeed takes the GPU although the launch file says use_cpu: hide it by "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+    if recipe.optimizer == "muon":
+        raise InputError(
+            "optimizer muon works on whole matrices, of which DeepSpeed makes one flat row: "
+            "use launch/ddp.yaml or launch/fsdp2.yaml, or --optimizer adamw"
+        )
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    if stage not in (1, 2, 3):
+        raise InputError(f"zero_stage {stage} in the launch file is none of 1, 2 and 3")
+    return Zero(recipe)
+
+
+def _need_launcher(what: str) -> None:
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError(f"{what} needs processes that accelerate launch has started")
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise InputError unless as many processes joined as were asked for."""
+    joined, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if joined != started:
+        raise InputError(
+            f"{started} processes were started but {joined} joined: check the launch file's "
+            "distributed_type and use_cpu"
+        )
+    if "LOCAL_RANK" not in os.environ and (asked := processes_asked_for()) > joined:
+        raise InputError(
+            f"accelerate launch was asked for {asked} processes and started 1: its file's "
+            "distributed_type must be MULTI_GPU (also on a CPU), as in launch/cpu.yaml"
+        )
+
+
+def check_devices() -> None:
+    """Raise InputError if this node runs more processes than it has GPUs."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus > 0 and not stay_on_cpu():
+        raise InputError(
+            f"{here} processes on this node, which has {gpus} GPU{'s' * (gpus > 1)}: lower "
+            "--num_processes"
+        )
+
+
+def processes_asked_for() -> int:
+    """Processes named on the command line, or in the file, of the Accelerate that started this one.
+
+    Accelerate starts a single one silently for some settings, MULTI_CPU among them.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return 1
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return 1
+    at = next((i for i, word in enumerate(words) if Path(word).stem.endswith("launch")), None)
+    if at is None:
+        return 1
+    said, _ = launch_command_parser().parse_known_args(words[at + 1 :])
+    asked = said.num_processes
+    if asked is None and (
+        said.config_file or (Path(default_config_file).is_file() and not said.cpu)
+    ):
+        asked = load_config_from_file(said.config_file).num_processes
+    return asked if isinstance(asked, int) else 1

@@ -1,0 +1,164 @@
+"""How the processes share a model, and how whole tensors come of the pieces that each one holds.
+
+Strategies with one interface: whole copies (one process, or DDP), FSDP2, and DeepSpeed's in
+``zero.py``. A checkpoint holds whole tensors under plain names, so each reads what any other wrote.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distcv.config import Recipe
+
+Tensors = dict[str, Tensor]
+
+
+class WholeCopies:
+    """One process, or a whole copy in each of several, whose gradients are averaged (DDP)."""
+
+    name = "ddp"
+    keeps_memory_format = True  # whether weights may lie in memory as channels_last
+    on_cpu_flag = True  # whether Accelerate is told to stay on the CPU where there is nothing else
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def accelerator_options(self) -> dict[str, Any]:
+        """Further arguments of Accelerator."""
+        return {}
+
+    def joined(self, accelerator: Accelerator) -> None:
+        """Called once the processes have joined."""
+        if accelerator.num_processes == 1:
+            self.name = "single"
+
+    def adopt(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Called before Accelerate wraps the two."""
+        self.network, self.optimizer = network, optimizer
+
+    def wrapped(self, model: nn.Module, optimizer: Any) -> None:
+        """Called after Accelerate has wrapped the two."""
+
+    def scaler(self, accelerator: Accelerator) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16, or None in other precisions."""
+        scaler: torch.amp.GradScaler | None = accelerator.scaler
+        return scaler
+
+    def pieces(self) -> Tensors:
+        """The parameters, as far as this process holds them, in their live memory."""
+        return {name: p.detach() for name, p in self.network.named_parameters()}
+
+    def whole(self, name: str, piece: Tensor) -> Tensor:
+        """The whole of a tensor laid out as parameter ``name``; to be called by all processes."""
+        return piece
+
+    def piece(self, name: str, whole: Tensor) -> Tensor:
+        """This process's piece of a tensor laid out as parameter ``name``."""
+        return whole
+
+    def weights_changed(self) -> None:
+        """To be called after pieces were written to, and before they are read."""
+
+    def load_weights(self, tensors: Tensors) -> None:
+        """Take over whole parameters and buffers."""
+        for name, piece in self.pieces().items():
+            piece.copy_(self.piece(name, tensors[name]))
+        for name, buffer in self.network.named_buffers():
+            buffer.copy_(tensors[name])
+        self.weights_changed()
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state, whole, as ``parameter name:slot``; by all processes together."""
+        self.weights_changed()
+        names = {id(p): name for name, p in self.network.named_parameters()}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                for slot, value in self.optimizer.state[p].items():
+                    if isinstance(value, Tensor):
+                        yield f"{names[id(p)]}:{slot}", self._whole_slot(value)
+
+    def load_optimizer_tensors(self, tensors: Tensors) -> None:
+        """Put back what :meth:`optimizer_tensors` gave; rates and decays stay the recipe's."""
+        self.weights_changed()
+        params = dict(self.network.named_parameters())
+        order = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, Tensors] = {}
+        for key, value in tensors.items():
+            name, slot = key.rsplit(":", 1)
+            p = params[name]
+            state.setdefault(order.index(id(p)), {})[slot] = self._slot(p, value)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _whole_slot(self, value: Tensor) -> Tensor:
+        return value
+
+    def _slot(self, p: Tensor, value: Tensor) -> Tensor:
+        return value
+
+
+class Fsdp2(WholeCopies):
+    """Each process holds a part of every parameter's rows (PyTorch FSDP2, ``fully_shard``)."""
+
+    name = "fsdp2"
+    keeps_memory_format = False  # FSDP2 refuses parameters that are not contiguous
+
+    def joined(self, accelerator: Accelerator) -> None:
+        # Accelerate enters FSDP on GPUs and the like only; its FSDP2 works as well on a CPU.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        # The output of a network that ends in Flatten; nobody writes to it in place.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
+
+    def wrapped(self, model: nn.Module, optimizer: Any) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(self.optimizer, torch.optim.SGD):  # its fused kernel knows no DTensor
+                group["fused"], group["foreach"] = False, True
+
+    def pieces(self) -> Tensors:
+        self.weights_changed()
+        return {name: p.to_local().detach() for name, p in self._sharded().items()}
+
+    def whole(self, name: str, piece: Tensor) -> Tensor:
+        like = self._sharded()[name]
+        return DTensor.from_local(
+            piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        ).full_tensor()
+
+    def piece(self, name: str, whole: Tensor) -> Tensor:
+        return self._split(self._sharded()[name], whole).to_local()
+
+    def weights_changed(self) -> None:
+        # The outermost part may still be whole after a forward pass, and would be used once more.
+        for module in self.network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _sharded(self) -> dict[str, DTensor]:
+        sharded: dict[str, DTensor] = {}
+        for name, p in self.network.named_parameters():
+            assert isinstance(p, DTensor)
+            sharded[name] = p
+        return sharded
+
+    def _split(self, like: DTensor, whole: Tensor) -> DTensor:
+        # Every process has read the whole of it: none needs to be sent.
+        return distribute_tensor(
+            whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+
+    def _whole_slot(self, value: Tensor) -> Tensor:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def _slot(self, p: Tensor, value: Tensor) -> Tensor:
+        if value.shape != p.shape:  # a counter
+            return value
+        assert isinstance(p, DTensor)
+        return self._split(p, value)

@@ -1,0 +1,123 @@
+"""Run under a launcher: trains some steps and says what happened, step by step.
+
+Arguments: a JSON object, then flags of distcv.train. Its keys: ``out`` (file to write), ``data``
+(folder), ``steps``; ``save`` ([step, folder]: leave a checkpoint there) or ``resume`` (a list of
+checkpoints: restore each, compare, and train on from it to ``steps``).
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distcv import checkpoint
+from distcv.command_line import read_command_line, run_command
+from distcv.data import load_dataset
+from distcv.data.loading import Batch
+from distcv.loop import share_statistics, train_epoch
+from distcv.models import find_model
+from distcv.runtime import Runtime
+from distcv.training import Progress, Training, build, restore, snapshot
+
+
+class NeverStop:
+    signalled = False
+
+    def pending(self) -> bool:
+        return False
+
+
+class Seen:
+    """Stands before the augmentation and notes the samples of each part, over all processes."""
+
+    def __init__(self, training: Training) -> None:
+        self.augment, self.runtime = training.augment, training.runtime
+        self.parts: list[str] = []
+        training.augment = self  # type: ignore[assignment]
+
+    def __call__(self, batch: Batch, epoch: int) -> Any:
+        shares = [batch.host_ids.tolist()]
+        if self.runtime.processes > 1:
+            shares = [None] * self.runtime.processes
+            dist.all_gather_object(shares, batch.host_ids.tolist())
+        ids = [index for share in shares for index in share]
+        self.parts.append(hashlib.sha256(str(ids).encode()).hexdigest()[:16])
+        return self.augment(batch, epoch)
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        return self.augment.normalize(images)
+
+
+def train(training: Training, progress: Progress, end: int, save: Any = None) -> list[float]:
+    """Losses of the steps up to ``end``; ``save`` is a step and what to do after it."""
+    losses: list[float] = []
+    object.__setattr__(training, "recipe", training.recipe.model_copy(update={"max_steps": end}))
+    train_epoch(
+        training, progress, log_every=1, log=lambda row: losses.append(row["loss"]),
+        advance=lambda: None, checkpoint_every=save[0] if save else None,
+        save=save[1] if save else lambda: None, stop=NeverStop(),
+    )  # fmt: skip
+    return losses
+
+
+def state_of(training: Training, progress: Progress) -> checkpoint.Checkpoint:
+    share_statistics(training)
+    return snapshot(training, progress, tracker_id="", versions={})
+
+
+def differing(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> list[str]:
+    """Names of the tensors that are not equal, bit for bit."""
+    found = []
+    for file in one.tensors.keys() | other.tensors.keys():
+        a, b = one.tensors.get(file, {}), other.tensors.get(file, {})
+        found += [
+            f"{file}/{name}"
+            for name in a.keys() | b.keys()
+            if name not in a or name not in b or not torch.equal(a[name], b[name])
+        ]
+    return found
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    recipe, options = read_command_line(
+        prog="", description="", find_model=find_model, args=sys.argv[2:]
+    )
+    runtime = Runtime(recipe, compile=options.compile, sync_bn=options.sync_bn)
+    training = build(recipe, load_dataset(recipe.dataset, Path(order["data"])), runtime)
+    seen = Seen(training)
+    said: dict[str, Any] = {"processes": runtime.processes, "strategy": runtime.strategy}
+    if "resume" in order:
+        for path in order["resume"]:
+            held = checkpoint.load(Path(path))
+            progress = restore(training, held)
+            again = state_of(training, progress)
+            seen.parts.clear()
+            said[path] = {
+                "from": progress.step,
+                "differing": differing(held, again) if runtime.is_main else [],
+                "losses": train(training, progress, order["steps"]),
+                "samples": list(seen.parts),
+            }
+    else:
+        progress = Progress()
+
+        def save() -> None:
+            held = state_of(training, progress)
+            if runtime.is_main and progress.step == order["save"][0]:
+                checkpoint.save(Path(order["save"][1]), progress.step, held)
+
+        at = (order["save"][0], save) if "save" in order else None
+        said["losses"] = train(training, progress, order["steps"], at)
+        said["samples"] = seen.parts
+    if runtime.is_main:
+        Path(order["out"]).write_text(json.dumps(said))
+    runtime.close()
+
+
+if __name__ == "__main__":
+    run_command(main)
