@@ -24,7 +24,13 @@ from torch.utils.data import DataLoader
 from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
-from distcv.runtime.launch import check_devices, check_processes, choose_strategy, stay_on_cpu
+from distcv.runtime.launch import (
+    check_devices,
+    check_processes,
+    choose_strategy,
+    join,
+    stay_on_cpu,
+)
 from distcv.runtime.sync_bn import convert
 from distcv.runtime.zero import Zero
 
@@ -52,6 +58,7 @@ class Runtime:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once installed, would tell
         strategy = choose_strategy(recipe)
         check_devices()
+        join(PROCESS_TIMEOUT)
         on_cpu = stay_on_cpu() and strategy.on_cpu_flag
         backend = {"backend": "gloo"} if stay_on_cpu() and not on_cpu else {}
         self.accelerator = Accelerator(

@@ -2,14 +2,18 @@
 
 import importlib.util
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import parse_flag_from_env
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from distcv.config import InputError, Recipe
 from distcv.runtime.strategies import Fsdp2, WholeCopies
@@ -85,6 +89,27 @@ def _zero(recipe: Recipe) -> Zero:
 def _need_launcher(what: str) -> None:
     if "LOCAL_RANK" not in os.environ:
         raise InputError(f"{what} needs processes that accelerate launch has started")
+
+
+def join(timeout: timedelta) -> None:
+    """Join the processes of an elastic launcher, under keys of this attempt alone.
+
+    Such a launcher keeps its store over restarts, with the addresses of processes that are dead:
+    the group found them there and hung in 5 of 6 restarts (torch 2.15, gloo).
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None:  # Accelerate joins them
+        return
+    current = torch.accelerator.current_accelerator()
+    device = "cpu" if stay_on_cpu() or current is None else current.type
+    store, rank, processes = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        store=PrefixStore(f"distcv/{attempt}", store),
+        rank=rank,
+        world_size=processes,
+        timeout=timeout,
+    )
 
 
 def check_processes(accelerator: Accelerator) -> None:
