@@ -1,8 +1,9 @@
 """What to measure when there is a GPU: ``python tests/gpu.py``, about eight minutes.
 
-Trains ResNet-18 on CIFAR-10 in bf16, eager and compiled, then its whole recipe over some seeds, and
-every MNIST network for an epoch; prints a table and writes results/gpu.json with machine and
-versions. ``--small`` does the same shortly, with small networks, where there is no GPU.
+Trains ResNet-18 on CIFAR-10 in bf16, eager and compiled, and under every strategy (one process a
+GPU), then its whole recipe over some seeds, and every MNIST network for an epoch; prints a table,
+and writes results/gpu.json with machine and versions. ``--small`` does the same shortly, with small
+networks, where there is no GPU.
 """
 
 import argparse
@@ -13,9 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distcv.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 COLUMNS = ("epochs", "test_accuracy", "seconds", "images_per_second", "wall_seconds")
 
 
@@ -30,6 +34,8 @@ def plan(small: bool, seeds: int) -> dict[str, list[str]]:
         f"{network} bf16 compiled, cached": [*bf16, *brief, "--compile", "--seed", "1"],
         f"{network} fp32": ["--model", network, *brief],
     }
+    for file in STRATEGIES[1:2] if small else STRATEGIES:
+        trainings[f"{network} bf16 {file}"] = [*bf16, *brief]
     whole = ["--max-steps", "8"] if small else []
     for seed in range(seeds):
         trainings[f"{network} recipe, seed {seed}"] = [*bf16, *whole, "--seed", str(seed)]
@@ -43,7 +49,11 @@ def plan(small: bool, seeds: int) -> dict[str, list[str]]:
 def train(name: str, flags: list[str], runs: Path, data: Path) -> dict[str, Any]:
     """Run one training; its result with the wall time, start of the process included."""
     run = name.replace(" ", "-").replace(",", "")
-    command = [sys.executable, "-m", "distcv.train", *flags, "--name", run]
+    command, file = [sys.executable], name.split()[-1]
+    if file in STRATEGIES:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/launch/{file}.yaml"]
+        command += [*launch, "--num_processes", str(max(1, torch.cuda.device_count()))]
+    command += ["-m", "distcv.train", *flags, "--name", run]
     began = time.perf_counter()
     ended = subprocess.run(
         [*command, "--runs-dir", str(runs), "--data-dir", str(data)], capture_output=True, text=True

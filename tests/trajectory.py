@@ -1,8 +1,8 @@
 """Run under a launcher: trains some steps and says what happened, step by step.
 
 Arguments: a JSON object, then flags of distcv.train. Its keys: ``out`` (file to write), ``data``
-(folder), ``steps``; ``save`` ([step, folder]: leave a checkpoint there) or ``resume`` (a list of
-checkpoints: restore each, compare, and train on from it to ``steps``).
+(folder), ``steps`` (to train to); ``save`` ([step, folder]: leave a checkpoint there); ``resume``
+(checkpoints: restore each in turn, compare the state with it, and train on).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from distcv import checkpoint
 from distcv.command_line import read_command_line, run_command
 from distcv.data import load_dataset
 from distcv.data.loading import Batch
-from distcv.loop import share_statistics, train_epoch
+from distcv.loop import evaluate, share_statistics, train_epoch
 from distcv.models import find_model
 from distcv.runtime import Runtime
 from distcv.training import Progress, Training, build, restore, snapshot
@@ -52,14 +52,20 @@ class Seen:
         return self.augment.normalize(images)
 
 
-def train(training: Training, progress: Progress, end: int, save: Any = None) -> list[float]:
-    """Losses of the steps up to ``end``; ``save`` is a step and what to do after it."""
+def train(training: Training, progress: Progress, end: int, saved: Any) -> list[float]:
+    """Losses of the steps up to ``end``; a checkpoint is left where ``saved`` says, if it does."""
     losses: list[float] = []
-    object.__setattr__(training, "recipe", training.recipe.model_copy(update={"max_steps": end}))
+    at, folder = saved or (None, None)
+    training.recipe = training.recipe.model_copy(update={"max_steps": end})
+
+    def save() -> None:
+        held = state_of(training, progress)
+        if training.runtime.is_main and progress.step == at:
+            checkpoint.save(Path(folder), progress.step, held)
+
     train_epoch(
         training, progress, log_every=1, log=lambda row: losses.append(row["loss"]),
-        advance=lambda: None, checkpoint_every=save[0] if save else None,
-        save=save[1] if save else lambda: None, stop=NeverStop(),
+        advance=lambda: None, checkpoint_every=at, save=save, stop=NeverStop(),
     )  # fmt: skip
     return losses
 
@@ -91,29 +97,21 @@ def main() -> None:
     training = build(recipe, load_dataset(recipe.dataset, Path(order["data"])), runtime)
     seen = Seen(training)
     said: dict[str, Any] = {"processes": runtime.processes, "strategy": runtime.strategy}
-    if "resume" in order:
-        for path in order["resume"]:
+    for path in order.get("resume", ["start"]):
+        progress, differs = Progress(), []
+        if path != "start":
             held = checkpoint.load(Path(path))
             progress = restore(training, held)
             again = state_of(training, progress)
-            seen.parts.clear()
-            said[path] = {
-                "from": progress.step,
-                "differing": differing(held, again) if runtime.is_main else [],
-                "losses": train(training, progress, order["steps"]),
-                "samples": list(seen.parts),
-            }
-    else:
-        progress = Progress()
-
-        def save() -> None:
-            held = state_of(training, progress)
-            if runtime.is_main and progress.step == order["save"][0]:
-                checkpoint.save(Path(order["save"][1]), progress.step, held)
-
-        at = (order["save"][0], save) if "save" in order else None
-        said["losses"] = train(training, progress, order["steps"], at)
-        said["samples"] = seen.parts
+            differs = differing(held, again) if runtime.is_main else []
+        seen.parts.clear()
+        losses = train(training, progress, order["steps"], order.get("save"))
+        said[path] = {
+            "differing": differs,
+            "losses": losses,
+            "samples": list(seen.parts),
+            "test_loss": evaluate(training).loss,
+        }
     if runtime.is_main:
         Path(order["out"]).write_text(json.dumps(said))
     runtime.close()

@@ -4,38 +4,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    LoggerType,
-)
+from accelerate.utils import LoggerType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
-from distcv.runtime.launch import (
-    check_devices,
-    check_processes,
-    choose_strategy,
-    join,
-    stay_on_cpu,
-)
+from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.sync_bn import convert
 from distcv.runtime.zero import Zero
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROCESS_TIMEOUT = timedelta(minutes=10)
 
 
 class Runtime:
@@ -54,38 +39,9 @@ class Runtime:
         sync_bn: bool = False,
         hang_timeout: float = 120.0,
     ) -> None:
-        if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once installed, would tell
-        strategy = choose_strategy(recipe)
-        check_devices()
-        join(PROCESS_TIMEOUT)
-        on_cpu = stay_on_cpu() and strategy.on_cpu_flag
-        backend = {"backend": "gloo"} if stay_on_cpu() and not on_cpu else {}
-        self.accelerator = Accelerator(
-            # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.
-            cpu=on_cpu,
-            device_placement=False,  # network and data are moved when they are made
-            mixed_precision="no",  # see autocast: the same arithmetic under every strategy
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            # Batches are dealt out as the samplers list them; nothing is repeated to fill up.
-            dataloader_config=DataLoaderConfiguration(even_batches=False, dispatch_batches=False),
-            rng_types=[],
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[
-                # Buffers are averaged when they are read, not broadcast in every step.
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True, broadcast_buffers=False
-                ),
-                InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT, **backend),
-            ],
-            **strategy.accelerator_options(),
-        )
-        check_processes(self.accelerator)
-        strategy.joined(self.accelerator)
-        self.shared = strategy
-        self.strategy: str = strategy.name
+        self.shared = choose_strategy(recipe)
+        self.accelerator = start(recipe, self.shared)
+        self.strategy: str = self.shared.name
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
@@ -98,7 +54,7 @@ class Runtime:
         self.seed, self.has_dropout = recipe.seed, recipe.dropout > 0
         self.compile, self.sync_bn = compile, sync_bn and self.processes > 1
         self.precision = AUTOCAST[recipe.precision]
-        if recipe.precision == "fp16" and not isinstance(strategy, Zero):  # which has its own
+        if recipe.precision == "fp16" and not isinstance(self.shared, Zero):  # which has its own
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True

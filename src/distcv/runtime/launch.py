@@ -1,4 +1,4 @@
-"""What the launcher asked for: the strategy, and how many processes."""
+"""What the launcher asked for, the strategy and the processes; and joining them."""
 
 import importlib.util
 import os
@@ -11,13 +11,21 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from distcv.config import InputError, Recipe
 from distcv.runtime.strategies import Fsdp2, WholeCopies
 from distcv.runtime.zero import Zero
+
+PROCESS_TIMEOUT = timedelta(minutes=10)  # of one exchange
 
 
 def stay_on_cpu() -> bool:
@@ -89,6 +97,42 @@ def _zero(recipe: Recipe) -> Zero:
 def _need_launcher(what: str) -> None:
     if "LOCAL_RANK" not in os.environ:
         raise InputError(f"{what} needs processes that accelerate launch has started")
+
+
+def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:
+    """Join the other processes, by Accelerate and for the strategy.
+
+    Raises:
+        InputError: more processes than GPUs, or processes that were started but did not join.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once installed, would warn
+    check_devices()
+    join(PROCESS_TIMEOUT)
+    on_cpu = stay_on_cpu() and strategy.on_cpu_flag
+    backend = {"backend": "gloo"} if stay_on_cpu() and not on_cpu else {}
+    accelerator = Accelerator(
+        # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.
+        cpu=on_cpu,
+        device_placement=False,  # network and data are moved when they are made
+        mixed_precision="no",  # see Runtime.autocast: the same arithmetic under every strategy
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        # Batches are dealt out as the samplers list them; nothing is repeated to fill up.
+        dataloader_config=DataLoaderConfiguration(even_batches=False, dispatch_batches=False),
+        rng_types=[],
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            # Buffers are averaged when they are read, not broadcast in every step.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT, **backend),
+        ],
+        **strategy.accelerator_options(),
+    )
+    check_processes(accelerator)
+    strategy.joined(accelerator)
+    return accelerator
 
 
 def join(timeout: timedelta) -> None:

@@ -104,7 +104,7 @@ class Zero(WholeCopies):
             for slot, value in slots.items():
                 if isinstance(value, Tensor):
                     # A counter is one for all weights.
-                    whole = safe_get_full_optimizer_state(p, slot) if value.ndim else value
+                    whole = safe_get_full_optimizer_state(p, slot) if value.ndim else value.clone()
                     yield f"{name}:{slot}", whole
 
     def load_optimizer_tensors(self, tensors: Tensors) -> None:

@@ -1,0 +1,74 @@
+"""Starting trainings as a user does: as processes of their own, with run folders to look at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from distcv import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = [sys.executable, "-m", "distcv.train"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def launched(processes: int, *options: str, file: str = "cpu") -> list[str]:
+    """The command that starts this many processes by Accelerate and one of the launch files."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = ["--config_file", str(ROOT / f"launch/{file}.yaml"), "--num_processes"]
+    return [*launcher, *config, str(processes), *options]
+
+
+class Runs:
+    """Starts trainings whose run folders lie in one temporary folder."""
+
+    def __init__(self, folder: Path, data_dir: Path) -> None:
+        self.folder = folder
+        self.flags = ["--runs-dir", str(folder), "--data-dir", str(data_dir)]
+
+    def start(
+        self, name: str, *flags: str, command: list[str] = TRAIN, **env: str
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, "--name", name, *self.flags, *flags],
+            env=os.environ | ONE_THREAD | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, name: str, *flags: str, command: list[str] = TRAIN, expect: int = 0, **env: str
+    ) -> str:
+        """Run to the end; what it printed."""
+        process = self.start(name, *flags, command=command, **env)
+        out, err = process.communicate(timeout=540)
+        assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+        return out + err
+
+    def launch(self, name: str, processes: int, *flags: str) -> str:
+        return self.run(name, *flags, command=[*launched(processes), "-m", "distcv.train"])
+
+    def result(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / name / "result.json").read_text()))
+
+    def starts(self, name: str) -> list[dict[str, Any]]:
+        environment = json.loads((self.folder / name / "environment.json").read_text())
+        return list(environment["starts"])
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def learned(self, name: str) -> dict[str, str]:
+        """SHA-256 of each tensor file of the last checkpoint."""
+        folder = self.folder / name / "checkpoints"
+        last = folder / f"step-{checkpoint.steps(folder)[-1]:08d}"
+        manifest = json.loads((last / "MANIFEST.json").read_text())
+        return {k: v["sha256"] for k, v in manifest.items() if k.endswith(".safetensors")}
+
+    def untimed_rows(self, name: str) -> list[dict[str, Any]]:
+        timed = {"seconds", "images_per_second"}
+        return [{k: v for k, v in row.items() if k not in timed} for row in self.rows(name)]
