@@ -192,35 +192,6 @@ def test_processes_leave_together_when_the_input_is_wrong(runs: Runs, short: str
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_same_curve_as_one(runs: Runs) -> None:
-    """Without BatchNorm, whose statistics are each process's own, losses differ by rounding."""
-    flags = "--model plain --max-steps 16 --log-every 1 --batch-size 65 --lr 0.1 --warmup 0".split()
-    runs.run("curve1", *flags)
-    runs.launch("curve2", 2, *flags)
-    runs.launch("curve2a", 2, *flags, "--gradient-accumulation-steps", "3")
-    one = [row["loss"] for row in runs.rows("curve1") if row["event"] == "train"]
-    assert len(one) == 16 and one[-1] < one[0] - 0.03, "a curve that goes nowhere shows nothing"
-    for name in ("curve2", "curve2a"):
-        other = [row["loss"] for row in runs.rows(name) if row["event"] == "train"]
-        assert other == pytest.approx(one, rel=1e-5), name
-
-
-@pytest.mark.slow
-def test_two_processes_see_the_samples_that_one_sees(tmp_path: Path, data_dir: Path) -> None:
-    script, found = str(ROOT / "tests/sample_ids.py"), {}
-    for processes, command in ((1, [sys.executable]), (2, launched(2))):
-        out = tmp_path / f"{processes}.json"
-        arguments = [str(out), str(data_dir), "20", "--model", "gap", "--batch-size", "127"]
-        subprocess.run(
-            [*command, script, *arguments], check=True, env=os.environ | ONE_THREAD, timeout=120
-        )
-        found[processes] = json.loads(out.read_text())
-        assert found[processes]["processes"] == processes
-    assert found[1]["parts"] == found[2]["parts"]
-    assert {len(part) for part in found[1]["parts"]} == {127}
-
-
-@pytest.mark.slow
 def test_plain_torchrun_works_too(runs: Runs) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     runs.run("torchrun", *SHORT, command=[*command, "-m", "distcv.train"])

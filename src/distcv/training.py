@@ -214,8 +214,8 @@ def averaged_weights(training: Training) -> Iterator[None]:
     """The network with the moving average in place of its weights, if there is one."""
     if training.ema:
         training.ema.swap()
-        training.runtime.shared.weights_changed()
+        training.runtime.shared.drop_gathered()
     yield
     if training.ema:
         training.ema.swap()
-        training.runtime.shared.weights_changed()
+        training.runtime.shared.drop_gathered()

@@ -18,7 +18,6 @@ from distcv.counter_rng import hash_int
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
 from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.sync_bn import convert
-from distcv.runtime.zero import Zero
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +53,7 @@ class Runtime:
         self.seed, self.has_dropout = recipe.seed, recipe.dropout > 0
         self.compile, self.sync_bn = compile, sync_bn and self.processes > 1
         self.precision = AUTOCAST[recipe.precision]
-        if recipe.precision == "fp16" and not isinstance(self.shared, Zero):  # which has its own
+        if recipe.precision == "fp16" and not self.shared.has_engine:
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -110,7 +109,7 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Half precision where it is safe; weights, gradients and their exchange stay fp32."""
-        if self.precision is None or isinstance(self.shared, Zero):  # DeepSpeed does it itself
+        if self.precision is None or self.shared.has_engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
 
@@ -167,7 +166,7 @@ class Runtime:
 
     def clip(self, model: nn.Module, norm: float) -> None:
         """Scale the whole gradient down to this norm, if it is larger."""
-        if not isinstance(self.shared, Zero):  # whose engine does it in its step
+        if not self.shared.has_engine:
             self.accelerator.clip_grad_norm_(model.parameters(), norm)
 
     def sum(self, tensor: Tensor) -> Tensor:

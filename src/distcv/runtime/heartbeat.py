@@ -15,6 +15,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 
+def attempt() -> str:
+    """What tells the keys of this start from those of earlier ones in the same store.
+
+    Only an agent's store outlives a start. Where there is none, the count may not be used: the
+    agents of several nodes don't agree on it.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+
+
 def own_store() -> Store:
     """A connection of its own to this launch's rendezvous; each attempt has its own keys.
 
@@ -22,8 +32,7 @@ def own_store() -> Store:
     is a server of rank 0's process group that answers.
     """
     store, _, _ = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"distcv-heartbeat/{attempt}", store)
+    return PrefixStore(f"distcv-heartbeat/{attempt()}", store)
 
 
 def die(message: str) -> None:

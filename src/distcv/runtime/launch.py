@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from distcv.config import InputError, Recipe
+from distcv.runtime.heartbeat import attempt
 from distcv.runtime.strategies import Fsdp2, WholeCopies
 from distcv.runtime.zero import Zero
 
@@ -138,18 +139,17 @@ def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:
 def join(timeout: timedelta) -> None:
     """Join the processes of an elastic launcher, under keys of this attempt alone.
 
-    Such a launcher keeps its store over restarts, with the addresses of processes that are dead:
-    the group found them there and hung in 5 of 6 restarts (torch 2.15, gloo).
+    Its agent keeps a store over restarts, with the addresses of processes that are dead: the group
+    found them there and hung in 5 of 6 restarts (torch 2.15, gloo).
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None:  # Accelerate joins them
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:  # Accelerate joins them
         return
     current = torch.accelerator.current_accelerator()
     device = "cpu" if stay_on_cpu() or current is None else current.type
     store, rank, processes = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
-        store=PrefixStore(f"distcv/{attempt}", store),
+        store=PrefixStore(f"distcv/{attempt()}", store),
         rank=rank,
         world_size=processes,
         timeout=timeout,
@@ -192,10 +192,11 @@ def processes_asked_for() -> int:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return 1
-    at = next((i for i, word in enumerate(words) if Path(word).stem.endswith("launch")), None)
-    if at is None:
+    # "accelerate launch", "accelerate-launch" or "-m accelerate.commands.launch"
+    ends = [i for i, word in enumerate(words) if word.removesuffix(".py").endswith("launch")]
+    if not ends:
         return 1
-    said, _ = launch_command_parser().parse_known_args(words[at + 1 :])
+    said, _ = launch_command_parser().parse_known_args(words[ends[0] + 1 :])
     asked = said.num_processes
     if asked is None and (
         said.config_file or (Path(default_config_file).is_file() and not said.cpu)

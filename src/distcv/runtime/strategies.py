@@ -25,6 +25,7 @@ class WholeCopies:
 
     name = "ddp"
     keeps_memory_format = True  # whether weights may lie in memory as channels_last
+    has_engine = False  # whether it casts, scales the loss and clips by itself
     on_cpu_flag = True  # whether Accelerate is told to stay on the CPU where there is nothing else
 
     def __init__(self, recipe: Recipe) -> None:
@@ -63,8 +64,8 @@ class WholeCopies:
         """This process's piece of a tensor laid out as parameter ``name``."""
         return whole
 
-    def weights_changed(self) -> None:
-        """To be called after pieces were written to, and before they are read."""
+    def drop_gathered(self) -> None:
+        """Drop whole weights that a forward pass left: pieces may have been written to since."""
 
     def load_weights(self, tensors: Tensors) -> None:
         """Take over whole parameters and buffers."""
@@ -72,11 +73,11 @@ class WholeCopies:
             piece.copy_(self.piece(name, tensors[name]))
         for name, buffer in self.network.named_buffers():
             buffer.copy_(tensors[name])
-        self.weights_changed()
+        self.drop_gathered()
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's state, whole, as ``parameter name:slot``; by all processes together."""
-        self.weights_changed()
+        self.drop_gathered()
         names = {id(p): name for name, p in self.network.named_parameters()}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
@@ -86,7 +87,7 @@ class WholeCopies:
 
     def load_optimizer_tensors(self, tensors: Tensors) -> None:
         """Put back what :meth:`optimizer_tensors` gave; rates and decays stay the recipe's."""
-        self.weights_changed()
+        self.drop_gathered()
         params = dict(self.network.named_parameters())
         order = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, Tensors] = {}
@@ -123,7 +124,7 @@ class Fsdp2(WholeCopies):
                 group["fused"], group["foreach"] = False, True
 
     def pieces(self) -> Tensors:
-        self.weights_changed()
+        self.drop_gathered()
         return {name: p.to_local().detach() for name, p in self._sharded().items()}
 
     def whole(self, name: str, piece: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class Fsdp2(WholeCopies):
     def piece(self, name: str, whole: Tensor) -> Tensor:
         return self._split(self._sharded()[name], whole).to_local()
 
-    def weights_changed(self) -> None:
+    def drop_gathered(self) -> None:
         # The outermost part may still be whole after a forward pass, and would be used once more.
         for module in self.network.modules():
             if isinstance(module, FSDPModule):

@@ -25,6 +25,7 @@ class Zero(WholeCopies):
     """
 
     keeps_memory_format = False  # parameters are views of one flat tensor
+    has_engine = True
     on_cpu_flag = False  # Accelerate knows no DeepSpeed with it
 
     def __init__(self, recipe: Recipe) -> None:
@@ -81,7 +82,7 @@ class Zero(WholeCopies):
         flat = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
         return flat.narrow(0, size * dist.get_rank(), size)
 
-    def weights_changed(self) -> None:
+    def drop_gathered(self) -> None:
         if self.stage == 3:
             self.engine.empty_partition_cache()  # weights that are whole at the moment are old
 
@@ -99,6 +100,7 @@ class Zero(WholeCopies):
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_state()
         slots: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
         for name, p in self._parameters().items():
             for slot, value in slots.items():
@@ -119,8 +121,7 @@ class Zero(WholeCopies):
                     state[slot] = value.clone()
                 elif slot not in state:
                     state[slot] = torch.zeros_like(flat)
-        if self.stage < 3 and tensors:
-            self.zero._lazy_init_hp_params_optimizer_state()  # as it does after its first step
+        self._link_state()
         for key, value in tensors.items():
             name, slot = key.rsplit(":", 1)
             if value.ndim and self.stage < 3:
@@ -128,6 +129,16 @@ class Zero(WholeCopies):
             elif value.ndim:
                 piece = self.piece(name, value.to(params[name].device))
                 safe_set_local_optimizer_state(params[name], piece, slot)
+
+    def _link_state(self) -> None:
+        """Tell the parameters where their optimizer state is.
+
+        Stages 1 and 2 do it once, after the step of the first group of parameters, when the others
+        have no state yet (DeepSpeed 0.19.8).
+        """
+        if self.stage < 3 and self.optimizer.state:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _parameters(self) -> dict[str, Any]:
         """The network's parameters, to which stage 3 gives attributes: ds_tensor and others."""
