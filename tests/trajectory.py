@@ -96,7 +96,7 @@ def main() -> None:
     runtime = Runtime(recipe, compile=options.compile, sync_bn=options.sync_bn)
     training = build(recipe, load_dataset(recipe.dataset, Path(order["data"])), runtime)
     seen = Seen(training)
-    said: dict[str, Any] = {"processes": runtime.processes, "strategy": runtime.strategy}
+    said: dict[str, Any] = {"processes": runtime.processes, "strategy": runtime.strategy.name}
     for path in order.get("resume", ["start"]):
         progress, differs = Progress(), []
         if path != "start":
@@ -110,8 +110,8 @@ def main() -> None:
             "differing": differs,
             "losses": losses,
             "samples": list(seen.parts),
-            "test_loss": evaluate(training).loss,
         }
+    said[path]["test_loss"] = evaluate(training).loss
     if runtime.is_main:
         Path(order["out"]).write_text(json.dumps(said))
     runtime.close()

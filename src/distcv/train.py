@@ -247,7 +247,7 @@ def make_result(
         "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
         "device": runtime.device_name,
         "processes": runtime.processes,
-        "strategy": runtime.strategy,
+        "strategy": runtime.strategy.name,
         "precision": recipe.precision,
         "commit": start["commit"],
         "config_sha256": recipe.sha256,

@@ -178,7 +178,7 @@ def snapshot(
     runtime = training.runtime
     tensors = {
         "model": runtime.on_host(runtime.weights()),
-        "optimizer": runtime.on_host(runtime.shared.optimizer_tensors()),
+        "optimizer": runtime.on_host(runtime.strategy.optimizer_tensors()),
     }
     if training.ema:
         tensors["ema"] = runtime.on_host(runtime.whole(training.ema.average))
@@ -187,7 +187,7 @@ def snapshot(
         **training.place(progress),
         "seed": training.recipe.seed,
         "scaler": runtime.scaler_state(),
-        "strategy": runtime.strategy,
+        "strategy": runtime.strategy.name,
         "processes": runtime.processes,
         "tracker_id": tracker_id,
         "config_sha256": training.recipe.sha256,
@@ -200,8 +200,8 @@ def snapshot(
 def restore(training: Training, held: Checkpoint) -> Progress:
     """Put a checkpoint back into a training that was built; the progress it had."""
     runtime = training.runtime
-    runtime.shared.load_weights(held.tensors["model"])
-    runtime.shared.load_optimizer_tensors(held.tensors["optimizer"])
+    runtime.strategy.load_weights(held.tensors["model"])
+    runtime.strategy.load_optimizer_tensors(held.tensors["optimizer"])
     if training.ema:
         for name, piece in runtime.pieces(held.tensors["ema"]).items():
             training.ema.average[name].copy_(piece)
@@ -214,8 +214,8 @@ def averaged_weights(training: Training) -> Iterator[None]:
     """The network with the moving average in place of its weights, if there is one."""
     if training.ema:
         training.ema.swap()
-        training.runtime.shared.drop_gathered()
+        training.runtime.strategy.drop_gathered()
     yield
     if training.ema:
         training.ema.swap()
-        training.runtime.shared.drop_gathered()
+        training.runtime.strategy.drop_gathered()

@@ -38,9 +38,8 @@ class Runtime:
         sync_bn: bool = False,
         hang_timeout: float = 120.0,
     ) -> None:
-        self.shared = choose_strategy(recipe)
-        self.accelerator = start(recipe, self.shared)
-        self.strategy: str = self.shared.name
+        self.strategy = choose_strategy(recipe)
+        self.accelerator = start(recipe, self.strategy)
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
@@ -53,7 +52,7 @@ class Runtime:
         self.seed, self.has_dropout = recipe.seed, recipe.dropout > 0
         self.compile, self.sync_bn = compile, sync_bn and self.processes > 1
         self.precision = AUTOCAST[recipe.precision]
-        if recipe.precision == "fp16" and not self.shared.has_engine:
+        if recipe.precision == "fp16" and not self.strategy.has_engine:
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -93,46 +92,46 @@ class Runtime:
         graph at its buckets (pytorch issue 139207).
         """
         network.to(self.device)
-        if self.device.type == "cuda" and self.shared.keeps_memory_format:
+        if self.device.type == "cuda" and self.strategy.keeps_memory_format:
             network.to(memory_format=torch.channels_last)
         if self.sync_bn:
             convert(network, self.device)
-        self.shared.adopt(network, optimizer)
+        self.strategy.adopt(network, optimizer)
         if self.compile:
             network.compile()
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers; Accelerate knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             prepared = self.accelerator.prepare(network, optimizer, *loaders)
-        self.shared.wrapped(prepared[0], prepared[1])
+        self.strategy.wrapped(prepared[0], prepared[1])
         return tuple(prepared)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Half precision where it is safe; weights, gradients and their exchange stay fp32."""
-        if self.precision is None or self.shared.has_engine:
+        if self.precision is None or self.strategy.has_engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The network's whole parameters and buffers by name; by all processes together."""
-        yield from self.whole(self.shared.pieces())
-        yield from self.shared.network.named_buffers()
+        yield from self.whole(self.strategy.pieces())
+        yield from self.strategy.network.named_buffers()
 
     def averageable(self) -> dict[str, Tensor]:
         """What a moving average follows: this process's pieces of the weights, and statistics."""
-        buffers = self.shared.network.named_buffers()
-        return self.shared.pieces() | {n: b for n, b in buffers if b.is_floating_point()}
+        buffers = self.strategy.network.named_buffers()
+        return self.strategy.pieces() | {n: b for n, b in buffers if b.is_floating_point()}
 
     def whole(self, pieces: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors of pieces such as those of :meth:`averageable`; by all together."""
-        weights = self.shared.pieces()
+        weights = self.strategy.pieces()
         for name, piece in pieces.items():
-            yield name, self.shared.whole(name, piece) if name in weights else piece
+            yield name, self.strategy.whole(name, piece) if name in weights else piece
 
     def pieces(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """The reverse of :meth:`whole`: what this process holds of whole tensors."""
-        weights = self.shared.pieces()
-        return {n: self.shared.piece(n, t) if n in weights else t for n, t in whole.items()}
+        weights = self.strategy.pieces()
+        return {n: self.strategy.piece(n, t) if n in weights else t for n, t in whole.items()}
 
     def on_host(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors in the main process's memory, one after the other; elsewhere nothing is kept."""
@@ -166,7 +165,7 @@ class Runtime:
 
     def clip(self, model: nn.Module, norm: float) -> None:
         """Scale the whole gradient down to this norm, if it is larger."""
-        if not self.shared.has_engine:
+        if not self.strategy.has_engine:
             self.accelerator.clip_grad_norm_(model.parameters(), norm)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -191,7 +190,7 @@ class Runtime:
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        return self.shared.scaler(self.accelerator)
+        return self.strategy.scaler(self.accelerator)
 
     def start_trackers(
         self, names: Sequence[str], project: str, folder: Path, options: dict[str, dict[str, Any]]
@@ -276,7 +275,7 @@ class Runtime:
         nodes, threads = self.nodes, torch.get_num_threads()
         return (
             f"{self.processes} process{'es' * (self.processes > 1)} on {nodes} "
-            f"node{'s' * (nodes > 1)}, {self.device_name}, {self.strategy}, "
+            f"node{'s' * (nodes > 1)}, {self.device_name}, {self.strategy.name}, "
             f"{threads} thread{'s' * (threads > 1)} each"
         )
 
@@ -286,7 +285,7 @@ class Runtime:
             "device": self.device_name,
             "processes": self.processes,
             "nodes": self.nodes,
-            "strategy": self.strategy,
+            "strategy": self.strategy.name,
             "restarts": self.restarts,
         }
 
