@@ -40,6 +40,8 @@ def choose_strategy(recipe: Recipe) -> WholeCopies:
     Raises:
         InputError: it is none of ours, or can't be combined with the recipe.
     """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once installed, warns
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return _zero(recipe)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -106,8 +108,6 @@ def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:
     Raises:
         InputError: more processes than GPUs, or processes that were started but did not join.
     """
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once installed, would warn
     check_devices()
     join(PROCESS_TIMEOUT)
     on_cpu = stay_on_cpu() and strategy.on_cpu_flag

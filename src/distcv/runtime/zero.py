@@ -30,6 +30,10 @@ class Zero(WholeCopies):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
+        import deepspeed
+
+        # An exchange through shared memory, for inference, is compiled at the first start on a CPU.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.plugin = _ZeroPlugin()
         self.stage: int = self.plugin.zero_stage
         self.name = f"zero{self.stage}"
@@ -118,7 +122,7 @@ class Zero(WholeCopies):
             for flat in self._flat_weights():  # the state of a new optimizer is empty
                 state = self.optimizer.state[flat]
                 if value.ndim == 0:
-                    state[slot] = value.clone()
+                    state[slot] = value.to(flat.device, copy=True)  # fused kernels need it there
                 elif slot not in state:
                     state[slot] = torch.zeros_like(flat)
         self._link_state()
