@@ -275,6 +275,8 @@ def test_each_attempt_has_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     first.set("rank0", "…")
     assert own_store().check(["rank0"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert own_store().check(["rank0"]), "without an agent's store, nodes don't agree on the count"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert not own_store().check(["rank0"])
 
 
