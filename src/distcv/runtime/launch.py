@@ -110,7 +110,7 @@ def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:
     """
     check_devices()
     join(PROCESS_TIMEOUT)
-    on_cpu = stay_on_cpu() and strategy.on_cpu_flag
+    on_cpu = stay_on_cpu() and not strategy.has_engine  # Accelerate(cpu=True) knows no DeepSpeed
     backend = {"backend": "gloo"} if stay_on_cpu() and not on_cpu else {}
     accelerator = Accelerator(
         # Accelerate joins CPU processes only if it is told that they are to stay on the CPU.

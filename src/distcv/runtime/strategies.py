@@ -26,7 +26,6 @@ class WholeCopies:
     name = "ddp"
     keeps_memory_format = True  # whether weights may lie in memory as channels_last
     has_engine = False  # whether it casts, scales the loss and clips by itself
-    on_cpu_flag = True  # whether Accelerate is told to stay on the CPU where there is nothing else
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -89,12 +88,13 @@ class WholeCopies:
         """Put back what :meth:`optimizer_tensors` gave; rates and decays stay the recipe's."""
         self.drop_gathered()
         params = dict(self.network.named_parameters())
-        order = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        index_of = {id(p): index for index, p in enumerate(ordered)}
         state: dict[int, Tensors] = {}
         for key, value in tensors.items():
             name, slot = key.rsplit(":", 1)
             p = params[name]
-            state.setdefault(order.index(id(p)), {})[slot] = self._slot(p, value)
+            state.setdefault(index_of[id(p)], {})[slot] = self._slot(p, value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -125,16 +125,17 @@ class Fsdp2(WholeCopies):
 
     def pieces(self) -> Tensors:
         self.drop_gathered()
-        return {name: p.to_local().detach() for name, p in self._sharded().items()}
+        names = [name for name, _ in self.network.named_parameters()]
+        return {name: self._sharded(name).to_local().detach() for name in names}
 
     def whole(self, name: str, piece: Tensor) -> Tensor:
-        like = self._sharded()[name]
+        like = self._sharded(name)
         return DTensor.from_local(
             piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         ).full_tensor()
 
     def piece(self, name: str, whole: Tensor) -> Tensor:
-        return self._split(self._sharded()[name], whole).to_local()
+        return self._split(self._sharded(name), whole).to_local()
 
     def drop_gathered(self) -> None:
         # The outermost part may still be whole after a forward pass, and would be used once more.
@@ -142,12 +143,10 @@ class Fsdp2(WholeCopies):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _sharded(self) -> dict[str, DTensor]:
-        sharded: dict[str, DTensor] = {}
-        for name, p in self.network.named_parameters():
-            assert isinstance(p, DTensor)
-            sharded[name] = p
-        return sharded
+    def _sharded(self, name: str) -> DTensor:
+        p = self.network.get_parameter(name)
+        assert isinstance(p, DTensor)
+        return p
 
     def _split(self, like: DTensor, whole: Tensor) -> DTensor:
         # Every process has read the whole of it: none needs to be sent.

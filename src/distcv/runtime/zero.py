@@ -26,7 +26,6 @@ class Zero(WholeCopies):
 
     keeps_memory_format = False  # parameters are views of one flat tensor
     has_engine = True
-    on_cpu_flag = False  # Accelerate knows no DeepSpeed with it
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -74,7 +73,7 @@ class Zero(WholeCopies):
     def whole(self, name: str, piece: Tensor) -> Tensor:
         if self.stage < 3:
             return piece
-        p = self._parameters()[name]
+        p: Any = self.network.get_parameter(name)
         parts = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, piece.contiguous())
         return torch.cat(parts)[: p.ds_numel].view(p.ds_shape)
@@ -82,7 +81,8 @@ class Zero(WholeCopies):
     def piece(self, name: str, whole: Tensor) -> Tensor:
         if self.stage < 3:
             return whole
-        size = self._parameters()[name].ds_tensor.numel()
+        p: Any = self.network.get_parameter(name)
+        size = p.ds_tensor.numel()
         flat = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
         return flat.narrow(0, size * dist.get_rank(), size)
 
@@ -117,8 +117,7 @@ class Zero(WholeCopies):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         params = self._parameters()
-        for key, value in tensors.items():
-            slot = key.rsplit(":", 1)[1]
+        for slot, value in {key.rsplit(":", 1)[1]: value for key, value in tensors.items()}.items():
             for flat in self._flat_weights():  # the state of a new optimizer is empty
                 state = self.optimizer.state[flat]
                 if value.ndim == 0:
