@@ -13,8 +13,10 @@
 #   --processes-per-node K   the same on every node: NPROC_PER_NODE, Slurm's GPUs, the GPUs that
 #                            torch sees, or 1
 #   --max-restarts M         after a process fails, start all of them again, M times at most (0)
+#   --module M               what is run on each (distcv.train; also distcv.doctor)
 #
 # The run folder must be shared by the nodes; the data need only be at the same path on each.
+# SIGTERM, SIGUSR2 or Ctrl-C on one node stop the training on all: it saves, and the exit code is 75.
 
 set -euo pipefail
 
@@ -25,11 +27,12 @@ fail() {
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 config=$root/launch/ddp.yaml nodes='' node_rank='' head='' port='' processes_per_node='' max_restarts=0
+module=distcv.train
 while (($#)) && [[ $1 != -- ]]; do
     case $1 in
         -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-        --config | --nodes | --node-rank | --head | --port | --processes-per-node | --max-restarts)
+        --config | --nodes | --node-rank | --head | --port | --processes-per-node | --max-restarts | --module)
             (($# > 1)) || fail "$1 needs a value"
             name=${1#--}
             printf -v "${name//-/_}" %s "$2"
@@ -128,4 +131,25 @@ PYTHON
     fi
 fi
 
-exec accelerate launch "${options[@]}" --main_process_port "$port" -m distcv.train "$@"
+# A stop is asked for by a file. The launcher doesn't hear of it: it would break off the processes,
+# and knows one exit code for all that they leave with.
+if [[ -z ${DISTCV_STOP_FILE:-} ]]; then
+    DISTCV_STOP_FILE=$(mktemp -u)
+    trap 'rm -f "$DISTCV_STOP_FILE"' EXIT
+fi
+export DISTCV_STOP_FILE
+export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT # torchrun's
+trap 'interrupted=1; : >>"$DISTCV_STOP_FILE"' TERM INT USR2
+(
+    trap '' TERM INT USR2
+    exec accelerate launch "${options[@]}" --main_process_port "$port" -m "$module" "$@"
+) &
+while true; do
+    interrupted='' code=0
+    wait "$!" || code=$?
+    [[ -n $interrupted ]] || break
+done
+if ((code == 0)) && [[ -s $DISTCV_STOP_FILE ]]; then
+    exit 75
+fi
+exit "$code"

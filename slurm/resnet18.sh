@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# ResNet-18 on CIFAR-10 on the GPUs of one node, or on its CPUs where no GPU is asked for.
-#   sbatch slurm/resnet18.sh                              everything as below
-#   sbatch --gpus-per-node=8 slurm/resnet18.sh --epochs 20    resources, then flags of distcv.train
-# Submit from the folder that holds .venv/, runs/ and data/. A requeued job resumes its own run.
+# ResNet-18 on CIFAR-10 on the GPUs of one node or several.
+#   sbatch slurm/resnet18.sh
+#   sbatch --nodes=4 --gpus-per-node=8 slurm/resnet18.sh --epochs 100
+# Options of Slurm come before the script, flags of distcv.train after it. Submit from the clone. A
+# job that is preempted, or comes to its time limit, saves, is requeued and goes on by itself.
 
 #SBATCH --job-name=resnet18
 #SBATCH --nodes=1
@@ -10,17 +11,17 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=1
 #SBATCH --time=02:00:00
-#SBATCH --requeue
-#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
+#SBATCH --signal=B:USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
 set -euo pipefail
-if [[ -f .venv/bin/activate ]]; then
-    . .venv/bin/activate
-fi
-processes=${SLURM_GPUS_ON_NODE:-1}
-launch=(accelerate launch --num_processes "$processes" --num_machines 1 --mixed_precision no
-    --dynamo_backend no --main_process_port 0)
-((processes > 1)) && launch+=(--multi_gpu)
-exec srun "${launch[@]}" -m distcv.train --model resnet18 \
+. launch/requeue.sh
+srun=(srun)
+# srun+=(--container-image="$PWD/distcv.sqsh" --container-mounts="$PWD" --container-workdir="$PWD")   # pyxis
+# srun+=(apptainer exec --nv --bind "$PWD" distcv.sif)
+
+run_or_requeue "${srun[@]}" launch/multinode.sh -- --model resnet18 \
     --name "$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"

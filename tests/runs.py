@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,19 @@ class Runs:
 
     def launch(self, name: str, processes: int, *flags: str) -> str:
         return self.run(name, *flags, command=[*launched(processes), "-m", "distcv.train"])
+
+    def wait_for_step(
+        self, name: str, step: int, process: subprocess.Popen[str] | None = None
+    ) -> None:
+        """Wait until a run has logged this step, or a later one, while the process lives."""
+        deadline, metrics = time.monotonic() + 120, self.folder / name / "metrics.jsonl"
+        while time.monotonic() < deadline:
+            steps = re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")
+            if any(int(found) >= step for found in steps):
+                return
+            assert process is None or process.poll() is None, "it should have been at work still"
+            time.sleep(0.01)
+        raise AssertionError(f"{name} did not come to step {step}")
 
     def result(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / name / "result.json").read_text()))

@@ -29,19 +29,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object
     return Runs(tmp_path_factory.mktemp("runs"), data_dir)
 
 
-def wait_for_step(runs: Runs, name: str, process: subprocess.Popen[str], step: int) -> None:
-    """Wait until a run has logged this step, or a later one."""
-    deadline, metrics = time.monotonic() + 120, runs.folder / name / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if metrics.exists() and any(
-            int(found) >= step for found in re.findall(r'"step": (\d+),', metrics.read_text())
-        ):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{name} did not come to step {step}")
-
-
 def worker(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
     for child in psutil.Process(launcher.pid).children(recursive=True):
         if child.environ().get("RANK") == str(rank):
@@ -56,7 +43,7 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(file: str, runs: Runs)
     name, step, rank = f"{file}-killed", random.randrange(25, 80), random.randrange(2)
     runs.run(f"{file}-whole", *FLAGS, command=launch(file))
     process = runs.start(name, *FLAGS, command=launch(file, "--max_restarts", "1"))
-    wait_for_step(runs, name, process, step)
+    runs.wait_for_step(name, step, process)
     worker(process, rank).kill()
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
@@ -72,7 +59,7 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(file: str, runs: Runs)
 @pytest.mark.slow
 def test_a_hanging_process_is_noticed_and_named(runs: Runs) -> None:
     process = runs.start("hang", *FLAGS, "--hang-timeout", "4", command=launch("cpu"))
-    wait_for_step(runs, "hang", process, 10)
+    runs.wait_for_step("hang", 10, process)
     victim = worker(process, 1)
     victim.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
@@ -99,7 +86,7 @@ def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_sha
     shapes = (launch("cpu", "--max_restarts", "1"), launch("fsdp2", processes=3))
     for command, step in zip(shapes, (12, 30), strict=True):
         process = runs.start("shape", *flags, command=command)
-        wait_for_step(runs, "shape", process, step)
+        runs.wait_for_step("shape", step, process)
         (runs.folder / "shape/STOP").touch()
         out, err = process.communicate(timeout=120)
         assert out.count("stopped after step") == 1, out + err
@@ -113,6 +100,21 @@ def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_sha
         for name in ("shape-whole", "shape")
     )
     assert len(many) == 60 and many == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stop_is_seen_between_two_rows(runs: Runs) -> None:
+    """Processes agree on it every two seconds, however many steps there are from row to row."""
+    flags = ["--model", "gap", "--max-steps", "4000", "--log-every", "4000"]
+    process = runs.start("between", *flags, command=launch("cpu"))
+    while not (runs.folder / "between/checkpoints").exists():
+        assert process.poll() is None
+        if (runs.folder / "between/environment.json").exists():
+            (runs.folder / "between/STOP").touch()  # again, until the training has begun
+        time.sleep(0.5)
+    out, err = process.communicate(timeout=60)
+    (step,) = re.findall(r"stopped after step (\d+)", out)
+    assert int(step) % 468, f"{out}{err}: only at an epoch's end"
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+from runs import ROOT, Runs
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "launch/multinode.sh")
 BIN = str(Path(sys.executable).parent)
 FROM_CLUSTER = ("SLURM", "PET_", "GLOO_", "NCCL_", "TORCH_DISABLE", "NNODES", "NODE_", "NPROC_",
@@ -357,12 +357,8 @@ def test_after_a_process_is_killed_all_start_again(
     words = ["--config", "launch/cpu.yaml", "--max-restarts", "1", *ADDRESS]
     flags = ["--", *trained.flags, "--name", "killed"]
     both = [start(rank, tmp_path, nodes.inside(rank), *words, *flags) for rank in (0, 1)]
-    metrics = trained.folder / "killed/metrics.jsonl"
-    deadline = time.monotonic() + 120
     try:
-        while not (metrics.exists() and '"step": 8,' in metrics.read_text()):
-            assert time.monotonic() < deadline and both[0].poll() is None
-            time.sleep(0.05)
+        Runs(trained.folder, tmp_path).wait_for_step("killed", 8)
         (worker,) = psutil.Process(both[0].pid).children()
         worker.kill()
     except BaseException:
@@ -370,6 +366,27 @@ def test_after_a_process_is_killed_all_start_again(
         raise
     assert "resuming after step" in finish(tmp_path, both)
     assert trained.losses("killed") == pytest.approx(trained.losses("one"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_stops_the_training_and_the_exit_code_says_so(
+    how: signal.Signals, trained: Trained, tmp_path: Path
+) -> None:
+    flags = [*trained.flags, "--max-steps", "2000", "--name", how.name]
+    words = ["--config", "launch/cpu.yaml", "--processes-per-node", "2", "--max-restarts", "2"]
+    with (tmp_path / "said").open("wb") as said:
+        script = subprocess.Popen([SCRIPT, *words, "--", *flags], env=environment(),
+                                  stdout=said, stderr=subprocess.STDOUT)  # fmt: skip
+    try:
+        Runs(trained.folder, tmp_path).wait_for_step(how.name, 8)
+        script.send_signal(how)
+        assert script.wait(timeout=60) == 75
+    finally:
+        stop([script])
+    text = (tmp_path / "said").read_text()
+    assert text.count("stopped after step") == 1, "no restart"
+    assert "Traceback" not in text and "Error" not in text
 
 
 SECRET = "planted-5d1f0c"

@@ -93,12 +93,7 @@ def uninterrupted(runs: Runs) -> None:
 
 def kill_when(runs: Runs, name: str, process: subprocess.Popen[str], step: int) -> None:
     """SIGKILL a run once it has logged this step, which is not one of its checkpoints'."""
-    deadline = time.monotonic() + 120
-    metrics = runs.folder / name / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
-            break
-        time.sleep(0.01)
+    runs.wait_for_step(name, step, process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it should have been at work still"
@@ -122,10 +117,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
     how: str, runs: Runs, uninterrupted: None
 ) -> None:
     process = runs.start(how, *HARD)
-    metrics = runs.folder / how / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    runs.wait_for_step(how, 1, process)
     if how == "file":
         (runs.folder / how / "STOP").touch()
     else:
@@ -136,6 +128,15 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
     runs.run(how, *HARD)
     assert runs.learned(how) == runs.learned("whole")
     assert runs.untimed_rows(how) == runs.untimed_rows("whole")
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(runs: Runs) -> None:
+    flags = ["--model", "lighter", "--lr", "1e9", "--checkpoint-every", "1", "--max-steps", "9"]
+    said = runs.run("diverged", *flags, expect=2)
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    step = int(re.findall(r"the loss is (?:nan|inf) after step (\d+),", line)[0])
+    assert all(s < step for s in checkpoint.steps(runs.folder / "diverged/checkpoints"))
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -55,6 +55,9 @@ class RunOptions(Strict):
     hang_timeout: float = Field(
         120.0, ge=1, description="Seconds without a sign of life after which a process is given up."
     )
+    idle_requeues: int = Field(
+        3, ge=0, description="Requeues by Slurm without a new checkpoint before it is given up."
+    )
     log_every: int = Field(20, ge=1, description="Steps between two rows of training metrics.")
     checkpoint_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints, beside the one after every epoch."
@@ -80,8 +83,29 @@ def parse_arguments(
     Raises:
         InputError: an unknown flag or a value that does not fit; one line, with the nearest flag.
     """
+    arguments, rest = parse_known_arguments(
+        cls, prog=prog, description=description, args=args, default=default
+    )
+    if rest:
+        raise InputError(f"unrecognized argument {rest[0]!r}: see --help")
+    return arguments
+
+
+def parse_known_arguments(
+    cls: type[ModelT],
+    *,
+    prog: str,
+    description: str,
+    args: list[str] | None = None,
+    default: ModelT | None = None,
+    others: type[BaseModel] | None = None,
+) -> tuple[ModelT, list[str]]:
+    """As :func:`parse_arguments`, with the words that are not for ``cls`` as they are.
+
+    Among them only flags of ``others`` are accepted, another pydantic model.
+    """
     args = sys.argv[1:] if args is None else args
-    known = known_flags(cls)
+    known = known_flags(cls) + (known_flags(others) if others else [])
     for arg in args:
         flag = arg.split("=", 1)[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
@@ -97,6 +121,7 @@ def parse_arguments(
                     args=args,
                     default=tyro.MISSING if default is None else default,
                     config=(tyro.conf.OmitArgPrefixes,),
+                    return_unknown_args=True,
                 )
             )
     except SystemExit as stop:
@@ -121,7 +146,8 @@ def known_flags(cls: Any) -> list[str]:
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 pending.append(field.annotation)
                 continue
-            flag = name.replace("_", "-")
+            named = [one.name for one in field.metadata if getattr(one, "name", None)]
+            flag = (named[0] if named else name).replace("_", "-")  # tyro.conf.arg(name=...)
             flags += [f"--{flag}", f"--no-{flag}"] if field.annotation is bool else [f"--{flag}"]
     return flags
 
@@ -181,7 +207,7 @@ def read_command_line(
             no such model.
     """
     args = sys.argv[1:] if args is None else args
-    model, recipe_name = _flag_value(args, "model"), _flag_value(args, "recipe")
+    model, recipe_name = flag_value(args, "model"), flag_value(args, "recipe")
     if model is not None:
         find_model(model)
     start = load_recipe(recipe_name or model or "gap")
@@ -195,7 +221,7 @@ def read_command_line(
     return command_line.to_recipe(), command_line.run
 
 
-def _flag_value(args: list[str], name: str) -> str | None:
+def flag_value(args: list[str], name: str) -> str | None:
     """The last value of ``--name VALUE`` or ``--name=VALUE``, before the real parsing."""
     value = None
     for here, following in zip(args, [*args[1:], None], strict=True):

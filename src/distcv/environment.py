@@ -44,13 +44,27 @@ def _user_has_set(name: str) -> bool:
 
     torchrun and accelerate set OMP_NUM_THREADS to 1; what they were started with themselves tells.
     """
-    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if name not in os.environ or not launched:
+    if name not in os.environ or not launched():
         return name in os.environ
     try:
         return name in psutil.Process(os.getppid()).environ()
     except (psutil.Error, OSError):
         return True
+
+
+def launched() -> bool:
+    """Whether torchrun or accelerate launch has started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def slurm_job() -> tuple[str, int] | None:
+    """The Slurm job or array task that this process belongs to, and how often it was requeued."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    return job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def launch_time() -> time.struct_time:

@@ -1,5 +1,6 @@
 """The training loop and the evaluation. Nothing in a step waits for the device."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distcv.config import InputError
 from distcv.data.loading import PADDING
 from distcv.optim import lr_at
 from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
 from distcv.training import Progress, Training, averaged_weights
+
+LOOK_SECONDS = 2.0  # at most about so long, or one step, between looks for a stop request
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,11 @@ def train_epoch(
 ) -> bool:
     """Train from ``progress.step`` to the end of its epoch; False if a stop was requested.
 
-    Every ``log_every`` steps the sums are read, ``log`` gets a row, and the processes agree on
-    whether one of them was asked to stop.
+    Every ``log_every`` steps the sums are read and ``log`` gets a row. Then, and every two seconds
+    where steps are slow, the processes agree on whether one of them was asked to stop.
+
+    Raises:
+        InputError: the loss is infinite or not a number; nothing is saved after that.
     """
     recipe, runtime = training.recipe, training.runtime
     epoch = progress.step // training.steps_per_epoch
@@ -74,7 +81,9 @@ def train_epoch(
         progress.train_seconds, progress.seconds = before[0] + elapsed, before[1] + elapsed
         return elapsed
 
-    last_logged = 0.0
+    last_logged = last_look = 0.0
+    looked_at = look_at = progress.step
+    step_seconds = LOOK_SECONDS
     while progress.step < end:
         runtime.beat(progress.step)
         lr = lr_at(progress.step, recipe, training.steps_per_epoch, training.total_steps)
@@ -104,10 +113,19 @@ def train_epoch(
         log_due = progress.step % log_every == 0 or progress.step == end
         save_due = checkpoint_every is not None and progress.step % checkpoint_every == 0
         stop_seen = runtime.processes == 1 and stop.signalled
-        if not (log_due or save_due or stop_seen):
+        if not (log_due or save_due or stop_seen or progress.step >= look_at):
             continue
-        *sums, stops = window.read(runtime, float(stop.pending()))
+        # The main process says when the next look is due, by the time that steps took lately.
+        due_in = max(1.0, LOOK_SECONDS / step_seconds) if runtime.is_main else 0.0
+        *sums, stops, due_in = window.read(runtime, float(stop.pending()), due_in)
         elapsed = clock()
+        step_seconds = max((elapsed - last_look) / (progress.step - looked_at), 1e-6)
+        last_look, looked_at, look_at = elapsed, progress.step, progress.step + int(due_in)
+        if not math.isfinite(sums[0]):
+            raise InputError(
+                f"the loss is {sums[0]} after step {progress.step}, lr {lr:.4g}: lower --lr or set "
+                "--clip-norm; checkpoints from before are kept"
+            )
         if log_due:
             images = (progress.step - since_step) * recipe.batch_size
             log(_train_row(training, progress, sums, lr, images / (elapsed - last_logged)))

@@ -1,10 +1,12 @@
 """What a run leaves behind and shows: the run folder, the console, W&B and TensorBoard."""
 
 import contextlib
+import itertools
 import json
 import netrc
 import os
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ from tqdm import tqdm
 
 from distcv.command_line import RunOptions
 from distcv.config import InputError, Recipe, load_recipe
-from distcv.environment import describe_environment
+from distcv.environment import describe_environment, slurm_job
+from distcv.preempt import STOPPED
 from distcv.runtime import Runtime
 
 
@@ -40,7 +43,9 @@ class RunFolder:
         """Create the folder or return to it, and hold it until this process ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
+            # After a requeue, the processes of the job before may take a moment to end.
+            job = slurm_job()
+            self.lock.acquire(timeout=60 if job and job[1] else 0)
         except filelock.Timeout:
             raise InputError(
                 f"run folder {self.path} is in use by another process: wait, or choose --name"
@@ -71,6 +76,9 @@ class RunFolder:
 
         After a restart by the launcher, also the seconds lost: since the checkpoint that is gone on
         from, or since the former start.
+
+        Raises:
+            InputError: Slurm has requeued the job too often without a new checkpoint.
         """
         path = self.path / "environment.json"
         starts = json.loads(path.read_text())["starts"] if path.exists() else []
@@ -86,7 +94,16 @@ class RunFolder:
         if starts and runtime.restarts:
             began = datetime.fromisoformat(starts[-1]["time"]).timestamp()
             start["seconds_lost"] = now - (newest.stat().st_mtime if newest else began)
-        self._write(path, json.dumps({"starts": [*starts, start]}, indent=1))
+        if job := slurm_job():
+            start["slurm"] = {"job": job[0], "requeues": job[1]}
+        starts.append(start)
+        self._write(path, json.dumps({"starts": starts}, indent=1))
+        if (idle := _idle_requeues(starts)) > options.idle_requeues:
+            raise InputError(
+                f"job {start['slurm']['job']} was requeued {idle} times without a new checkpoint "
+                f"(it is at {start['resumes'] or 'the start'}): give it more time, a smaller "
+                "--checkpoint-every, or more --idle-requeues"
+            )
         return start
 
     def cut_metrics(self, step: int) -> None:
@@ -111,10 +128,14 @@ class RunFolder:
         return dict(json.loads(self.result.read_text()))
 
     def tracker_id(self) -> str:
-        """An id for this run in trackers, the same after every restart."""
+        """An id for this run in trackers, the same after every restart; a W&B agent gives its own.
+
+        The agent of a sweep sets ``WANDB_RUN_ID``.
+        """
         path = self.path / "tracker.json"
         if not path.exists():
-            self._write(path, json.dumps({"id": secrets.token_hex(6)}))
+            new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
+            self._write(path, json.dumps({"id": new}))
         return str(json.loads(path.read_text())["id"])
 
     @staticmethod
@@ -124,12 +145,20 @@ class RunFolder:
         temporary.replace(path)
 
 
+def _idle_requeues(starts: list[dict[str, Any]]) -> int:
+    """Requeues since the last one that found a new checkpoint."""
+    place = [(start.get("slurm", {}).get("job"), start["resumes"]) for start in starts]
+    same = itertools.takewhile(lambda i: place[i] == place[-1], reversed(range(len(starts))))
+    return len({starts[i].get("slurm", {}).get("requeues") for i in same}) - 1
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """What two starts do not share, as [before, now]; options and versions one by one."""
 
     def flat(start: dict[str, Any]) -> dict[str, Any]:
         inner: dict[str, Any] = start.get("options", {}) | start.get("versions", {})
-        passing = {"time", "options", "versions", "resumes", "changed", "seconds_lost", "restarts"}
+        passing = {"time", "options", "versions", "resumes", "changed", "seconds_lost", "restarts",
+                   "slurm"}  # fmt: skip
         return {k: v for k, v in start.items() if k not in passing} | inner
 
     old, new = flat(before), flat(now)
@@ -216,9 +245,13 @@ class Trackers:
         console: Console,
     ) -> None:
         self.runtime = runtime
+        self.first_step = 0  # W&B has the rows of the steps before it
+        self.names: list[str] = []
+        if not (options.track and runtime.is_main):
+            return
         self.names = sorted(options.track, reverse=True)  # W&B first: only it can fail to start
         init: dict[str, dict[str, Any]] = {}
-        if "wandb" in self.names and runtime.is_main:
+        if "wandb" in self.names:
             init["wandb"] = _wandb_settings(folder, recipe, options)
         try:
             runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)
@@ -232,27 +265,65 @@ class Trackers:
             run = runtime.tracker("wandb")
             run.define_metric("epoch")
             run.define_metric("val/*", step_metric="epoch")
-            run.define_metric("val/accuracy", step_metric="epoch", summary="max")
+            if folder.metrics.exists():  # not the first start
+                self.first_step = _first_missing_step(run, folder)
+                for row in map(json.loads, folder.metrics.read_text().splitlines()):
+                    if row["step"] >= self.first_step:
+                        run.log(_tracked(row), step=row["step"])
         if "tensorboard" in self.names:
             text = f"```yaml\n{recipe.to_yaml()}```"
             runtime.tracker("tensorboard").add_text("recipe", text, 0)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send a row of metrics.jsonl."""
-        if not self.names:
-            return
-        if row["event"] == "train":
-            keys = ("loss", "accuracy", "lr", "images_per_second")
-            values = {f"train/{key}": row[key] for key in keys}
-        else:
-            values = {"val/loss": row["test_loss"], "val/accuracy": row["test_accuracy"]}
-        self.runtime.track(values | {"epoch": row["epoch"]}, step=row["step"])
+        """Send a row of metrics.jsonl, unless it was sent before the run was killed."""
+        if self.names and row["step"] >= self.first_step:
+            self.runtime.track(_tracked(row), step=row["step"])
 
     def close(self, *, stopped: bool = False) -> None:
-        """Finish; a stopped run is marked as to be continued."""
+        """Finish; a stopped run is marked as to be continued.
+
+        A sweep hands such a run out again, but only if its exit code is not 0.
+        """
         if "wandb" in self.names and stopped:
-            self.runtime.tracker("wandb").mark_preempting()
+            run = self.runtime.tracker("wandb")
+            run.mark_preempting()
+            run.finish(exit_code=STOPPED)
         self.runtime.end_trackers()
+
+
+def _tracked(row: dict[str, Any]) -> dict[str, float]:
+    """What trackers get of a row of metrics.jsonl."""
+    if row["event"] == "train":
+        keys = ("loss", "accuracy", "lr", "images_per_second")
+        values = {f"train/{key}": row[key] for key in keys}
+    else:
+        values = {"val/loss": row["test_loss"], "val/accuracy": row["test_accuracy"]}
+        # W&B's own summary="max" would forget what was before a restart.
+        values["val/best_accuracy"] = row["best_test_accuracy"]
+    return values | {"epoch": row["epoch"]}
+
+
+def _first_missing_step(run: Any, folder: RunFolder) -> int:
+    """The first step whose rows W&B lacks: by its server, or offline by the logs on disk.
+
+    A process that is killed takes along what it had not sent (15 s of rows) or written (1 s). And
+    no row may be in two logs: ``wandb sync`` would give it another step in the second (0.31).
+    """
+    logs = folder.path.glob(f"wandb/*run-*-{run.id}/*.wandb")
+    if not run.offline:
+        for log in logs:
+            if log.parent.name.startswith("offline-"):  # not to be synced over what is sent now
+                log.with_suffix(".wandb.synced").touch()
+        return int(run.starting_step)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    env = os.environ | {"WANDB_MODE": "offline"}  # else it looks for the network
+    for log in sorted(logs, key=os.path.getmtime, reverse=True):
+        shown = subprocess.run([*command, str(log)], env=env, capture_output=True, text=True)
+        records = map(json.loads, shown.stdout.splitlines())
+        steps = [r["history"]["step"]["num"] for r in records if r["type"] == "history"]
+        if steps:
+            return int(steps[-1]) + 1
+    return 0
 
 
 def _wandb_settings(folder: RunFolder, recipe: Recipe, options: RunOptions) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 The same command under ``accelerate launch`` trains on as many processes as that starts.
 """
 
+import os
 import shutil
 import time
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
 
     # Where: processes, run folder, console.
     console = Console(runtime, recipe)
-    default_name = f"{recipe.model}-{time.strftime('%Y%m%d-%H%M%S', launch_time())}"
+    started = time.strftime("%Y%m%d-%H%M%S", launch_time())
+    default_name = f"{recipe.model}-{os.environ.get('WANDB_RUN_ID') or started}"
     folder = RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
     runtime.on_main(lambda: folder.open(recipe))
     if (finished := runtime.on_main(folder.read_result)) is not None:
@@ -150,8 +152,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
                 f"stopped after step {progress.step}; to go on: the same command with "
                 f"--name {folder.path.name}"
             )
-            runtime.on_main(stop.note)
-            return STOPPED
+            return stop.answer(progress.step)
         evaluation = timed_evaluation(training, progress)
         row = epoch_row(training, progress, evaluation)
         console.epoch_line(row)

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Read by a batch script of Slurm (. launch/requeue.sh). It gives one function,
+#   run_or_requeue COMMAND...
+# which runs the command and returns if it did well. If it was stopped and can go on, exactly this
+# job or array task is requeued, unless somebody cancelled it; if it failed, the job fails.
+#
+# Asked to stop are all processes by SIGUSR2 to this script (#SBATCH --signal=B:USR2@120: ahead of
+# the time limit), by SIGTERM (preemption, requeue, node maintenance), or by a file STOP in the run
+# folder. They save at the end of a step and leave; the requeued job goes on in the same run folder.
+
+run_or_requeue() {
+    if [[ -n ${DISTCV_SHOW_COMMAND:-} ]]; then # distcv.submit asks what would be run
+        printf '%s\0' "$@"
+        exit
+    fi
+    local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+    job=${job:-${SLURM_JOB_ID:?is not set: submit this script with sbatch}}
+
+    export DISTCV_STOP_FILE=$PWD/.stop-$job # says "stopped" or, if it is empty, asks for it
+    rm -f "$DISTCV_STOP_FILE"
+    export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}            # a batch script runs on the first node
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}            # srun doesn't take it over by itself
+    export SLURM_EXPORT_ENV=ALL                                    # else srun fails after sbatch --export=NONE
+    export SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0} SLURM_WAIT=${SLURM_WAIT:-60} # seconds, for the others
+    if [[ -z ${VIRTUAL_ENV:-} && -x .venv/bin/accelerate ]]; then
+        PATH=$PWD/.venv/bin:$PATH
+    fi
+
+    # No command substitution here: bash 5.2 may fail where a signal interrupts one in a handler.
+    local interrupted code
+    trap 'interrupted=1; : >>"$DISTCV_STOP_FILE"' USR2 TERM
+    "$@" &
+    while true; do
+        interrupted=''
+        code=0
+        wait "$!" || code=$?
+        [[ -n $interrupted ]] || break
+    done
+
+    local answer='' state
+    if [[ -e $DISTCV_STOP_FILE ]]; then
+        answer=$(<"$DISTCV_STOP_FILE")
+        rm -f "$DISTCV_STOP_FILE"
+        # Without an answer the processes were ended before they could save: the newest checkpoint
+        # is where the job goes on, unless they had come to their end.
+        ((code == 0)) || answer=${answer:-ended without an answer}
+    fi
+    if [[ -z $answer ]]; then
+        ((code == 0)) && return
+        echo "job $job: failed with exit code $code, not requeued" >&2
+        exit "$code"
+    fi
+    # A job that is cancelled, or requeued by Slurm itself, isn't in state RUNNING any more.
+    state=$(squeue --noheader --jobs="$job" --format=%T) || state=''
+    if [[ $state == RUNNING ]] && scontrol requeue "$job"; then
+        echo "job $job: $answer, requeued"
+    else
+        echo "job $job: $answer, not requeued by itself (state ${state:-unknown})"
+    fi
+    exit 75
+}
