@@ -18,10 +18,10 @@ run_or_requeue() {
 
     export DISTCV_STOP_FILE=$PWD/.stop-$job # says "stopped" or, if it is empty, asks for it
     rm -f "$DISTCV_STOP_FILE"
-    export MASTER_ADDR=${MASTER_ADDR:-$SLURMD_NODENAME}            # a batch script runs on the first node
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}            # srun doesn't take it over by itself
-    export SLURM_EXPORT_ENV=ALL                                    # else srun fails after sbatch --export=NONE
-    export SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0} SLURM_WAIT=${SLURM_WAIT:-60} # seconds, for the others
+    export MASTER_ADDR=$SLURMD_NODENAME                 # a batch script runs on the first node
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun doesn't take it over by itself
+    export SLURM_EXPORT_ENV=ALL                         # else srun fails after sbatch --export=NONE
+    export SLURM_KILL_BAD_EXIT=0 SLURM_WAIT=60          # seconds that the other nodes have to follow
     if [[ -z ${VIRTUAL_ENV:-} && -x .venv/bin/accelerate ]]; then
         PATH=$PWD/.venv/bin:$PATH
     fi

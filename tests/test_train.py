@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ONE_THREAD, ROOT, Runs, launched
+from runs import ONE_THREAD, ROOT, TRAIN, Runs, launched
 
 from distcv import checkpoint
 
@@ -137,6 +137,36 @@ def test_a_loss_that_is_not_a_number_ends_the_run(runs: Runs) -> None:
     step = int(re.findall(r"the loss is (?:nan|inf) after step (\d+),", line)[0])
     assert all(s < step for s in checkpoint.steps(runs.folder / "diverged/checkpoints"))
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["at its last step", "in its evaluation"])
+def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_for_later(
+    moment: str, runs: Runs, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked"
+    if moment == "at its last step":
+        asked.touch()
+        command = TRAIN
+    else:  # the file comes when the evaluation begins
+        code = (
+            "import pathlib, distcv.loop as loop, distcv.train as train\n"
+            "share = loop.share_statistics\n"
+            "def shared(training):\n"
+            f"    pathlib.Path({str(asked)!r}).touch()\n"
+            "    share(training)\n"
+            "loop.share_statistics = shared\n"
+            "train.command()"
+        )
+        command = [sys.executable, "-c", code]
+    flags = ["--model", "gap", "--max-steps", "1"]
+    said = runs.run(moment, *flags, command=command, expect=75, DISTCV_STOP_FILE=str(asked))
+    assert asked.read_text() == "stopped after step 1\n" and "epoch" not in said.split("folder")[1]
+    assert [row["event"] for row in runs.rows(moment)] == ["train"]
+    assert "test accuracy" in runs.run(moment, *flags)
+    runs.run("one step", *flags)
+    assert runs.learned(moment) == runs.learned("one step")
+    assert runs.untimed_rows(moment) == runs.untimed_rows("one step")
 
 
 @pytest.mark.slow

@@ -111,7 +111,9 @@ def main() -> None:
             "losses": losses,
             "samples": list(seen.parts),
         }
-    said[path]["test_loss"] = evaluate(training).loss
+    evaluation = evaluate(training)
+    assert evaluation is not None
+    said[path]["test_loss"] = evaluation.loss
     if runtime.is_main:
         Path(order["out"]).write_text(json.dumps(said))
     runtime.close()

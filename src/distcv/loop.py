@@ -58,7 +58,7 @@ def train_epoch(
     save: Callable[[], None],
     stop: StopRequest,
 ) -> bool:
-    """Train from ``progress.step`` to the end of its epoch; False if a stop was requested.
+    """Train from ``progress.step`` to the end of its epoch; False at a stop request, also there.
 
     Every ``log_every`` steps the sums are read and ``log`` gets a row. Then, and every two seconds
     where steps are slow, the processes agree on whether one of them was asked to stop.
@@ -134,7 +134,7 @@ def train_epoch(
             window = Sums(runtime.device, [0.0] * 3)
             sums = [0.0] * 3
         progress.window_sums = sums
-        if stops and progress.step < end:
+        if stops:
             return False
         if save_due and progress.step < end:  # at an epoch's end it is saved after the evaluation
             save()
@@ -174,10 +174,11 @@ def share_statistics(training: Training) -> None:
 
 
 @torch.no_grad()
-def evaluate(training: Training) -> Evaluation:
+def evaluate(training: Training, stop: StopRequest | None = None) -> Evaluation | None:
     """Loss and accuracy over the whole test set, each sample counted once, the same everywhere.
 
-    The moving average is evaluated where there is one. No test-time augmentation.
+    The moving average is evaluated where there is one. No test-time augmentation. On a CPU, where
+    it takes long, it is broken off at a stop request; None is returned then.
     """
     runtime, classes = training.runtime, training.classes
     share_statistics(training)
@@ -186,6 +187,9 @@ def evaluate(training: Training) -> Evaluation:
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
     with averaged_weights(training), runtime.autocast():
         for batch in training.test_loader:
+            asked = float(stop is not None and stop.pending())
+            if runtime.device.type == "cpu" and runtime.sum(torch.tensor(asked)):
+                return None
             counted = batch.ids != PADDING
             logits = training.model(training.augment.normalize(batch.images)).float()
             losses = F.cross_entropy(logits, batch.labels, reduction="none")

@@ -16,6 +16,7 @@ from distcv.models import MODELS, find_model
 
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
+    from distcv.preempt import StopRequest
     from distcv.runtime import Runtime
     from distcv.tracking import RunFolder
     from distcv.training import Progress, Training
@@ -131,21 +132,25 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
 
     # Train, epoch by epoch; evaluate and save after each.
     evaluation = None
-    while progress.step < training.total_steps:
-        epoch = progress.step // training.steps_per_epoch + 1
-        done = progress.step % training.steps_per_epoch
-        with console.epoch(epoch, done, training.steps_per_epoch):
-            completed = train_epoch(
-                training,
-                progress,
-                log_every=options.log_every,
-                log=log_training,
-                advance=console.advance,
-                checkpoint_every=options.checkpoint_every,
-                save=save,
-                stop=stop,
-            )
-        if not completed:
+    while progress.step < training.total_steps or training.evaluation_due(progress):
+        stopped = False
+        if not training.evaluation_due(progress):
+            epoch = progress.step // training.steps_per_epoch + 1
+            done = progress.step % training.steps_per_epoch
+            with console.epoch(epoch, done, training.steps_per_epoch):
+                stopped = not train_epoch(
+                    training,
+                    progress,
+                    log_every=options.log_every,
+                    log=log_training,
+                    advance=console.advance,
+                    checkpoint_every=options.checkpoint_every,
+                    save=save,
+                    stop=stop,
+                )
+        if not stopped:
+            evaluation = timed_evaluation(training, progress, stop)
+        if stopped or evaluation is None:
             save()
             trackers.close(stopped=True)
             console.say(
@@ -153,7 +158,6 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
                 f"--name {folder.path.name}"
             )
             return stop.answer(progress.step)
-        evaluation = timed_evaluation(training, progress)
         row = epoch_row(training, progress, evaluation)
         console.epoch_line(row)
         log(row)
@@ -162,6 +166,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
 
     # Result. A run that was killed between its last checkpoint and here is evaluated again.
     evaluation = evaluation or timed_evaluation(training, progress)
+    assert evaluation is not None
     result = make_result(training, data.info.classes, progress, evaluation, start)
     if runtime.is_main:
         folder.write_result(result)
@@ -193,13 +198,17 @@ def check_space(folder: "RunFolder", training: "Training") -> None:
         )
 
 
-def timed_evaluation(training: "Training", progress: "Progress") -> "Evaluation":
+def timed_evaluation(
+    training: "Training", progress: "Progress", stop: "StopRequest | None" = None
+) -> "Evaluation | None":
     """Evaluate; add the time to the run's seconds and note the best accuracy so far."""
     from distcv.loop import evaluate
 
     began = time.perf_counter()
-    evaluation = evaluate(training)
+    evaluation = evaluate(training, stop)
     progress.seconds += time.perf_counter() - began
+    if evaluation is None:
+        return None
     if progress.best_accuracy is None or evaluation.accuracy > progress.best_accuracy:
         progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
     return evaluation

@@ -35,7 +35,8 @@ class Progress:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # in training and evaluation, over all starts of the run
     train_seconds: float = 0.0  # in training alone
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, samples
+    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, correct, samples;
+    # 0 as soon as the epoch is evaluated
     window_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # since the last log point
     best_accuracy: float | None = None  # on the test set, in percent
     best_step: int | None = None
@@ -89,6 +90,11 @@ class Training:
                 "it sees those of all, and the curve is that of one process"
             )
         return lines
+
+    def evaluation_due(self, progress: Progress) -> bool:
+        """Whether an epoch, or the last part of one, is trained but not evaluated."""
+        ended = progress.step % self.steps_per_epoch == 0 or progress.step == self.total_steps
+        return ended and progress.epoch_sums[2] > 0
 
     def place(self, progress: Progress) -> dict[str, float]:
         """How far a training is: optimizer steps, epochs, samples."""
