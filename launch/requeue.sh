@@ -26,7 +26,7 @@ run_or_requeue() {
         PATH=$PWD/.venv/bin:$PATH
     fi
 
-    # No command substitution here: bash 5.2 may fail where a signal interrupts one in a handler.
+    # No command substitution as long as there is a trap: bash 5.2 loses its way where a signal comes.
     local interrupted code
     trap 'interrupted=1; : >>"$DISTCV_STOP_FILE"' USR2 TERM
     "$@" &
@@ -36,6 +36,7 @@ run_or_requeue() {
         wait "$!" || code=$?
         [[ -n $interrupted ]] || break
     done
+    trap '' USR2 TERM # what asks Slurm below must not be ended by its signals
 
     local answer='' state
     if [[ -e $DISTCV_STOP_FILE ]]; then
@@ -46,16 +47,18 @@ run_or_requeue() {
         ((code == 0)) || answer=${answer:-ended without an answer}
     fi
     if [[ -z $answer ]]; then
+        trap - USR2 TERM
         ((code == 0)) && return
         echo "job $job: failed with exit code $code, not requeued" >&2
         exit "$code"
     fi
-    # A job that is cancelled, or requeued by Slurm itself, isn't in state RUNNING any more.
-    state=$(squeue --noheader --jobs="$job" --format=%T) || state=''
-    if [[ $state == RUNNING ]] && scontrol requeue "$job"; then
+    # RUNNING, if it left by itself, or over its time limit. If it was cancelled or requeued from
+    # outside it is COMPLETING for another reason, and a requeue from here would undo the cancelling.
+    state=$(squeue --noheader --jobs="$job" --format='%T %r') || state=''
+    if [[ $state == RUNNING* || $state == *TimeLimit ]] && scontrol requeue "$job"; then
         echo "job $job: $answer, requeued"
     else
-        echo "job $job: $answer, not requeued by itself (state ${state:-unknown})"
+        echo "job $job: $answer, not requeued by itself (${state:-no state})"
     fi
     exit 75
 }

@@ -22,4 +22,4 @@ srun=(srun)
 # srun+=(--container-image="$PWD/distcv.sqsh" --container-mounts="$PWD" --container-workdir="$PWD")   # pyxis
 # srun+=(apptainer exec --nv --bind "$PWD" distcv.sif)
 
-run_or_requeue "${srun[@]}" wandb agent --count 1 "$@"
+run_or_requeue "${srun[@]}" wandb agent --forward-signals --count 1 "$@"

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 
 from distcv.data import DATASETS
 from distcv.data.cache import load_arrays
@@ -138,3 +139,23 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [DEAD])
     monkeypatch.setattr(datasets.CIFAR10, "url", DEAD + datasets.CIFAR10.filename)
     monkeypatch.setattr(datasets.CIFAR100, "url", DEAD + datasets.CIFAR100.filename)
+
+
+@pytest.fixture(scope="session")
+def started_cluster() -> Iterator[slurm_cluster.Cluster]:
+    """A Slurm cluster of two nodes for all tests; skips where there can be none."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    cluster = slurm_cluster.Cluster()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(started_cluster: slurm_cluster.Cluster) -> Iterator[slurm_cluster.Cluster]:
+    """That cluster with idle nodes and no jobs, which it has again at the end."""
+    yield started_cluster
+    started_cluster.cancel_all()

@@ -14,9 +14,10 @@ FLOORS = {
     "__init__": 0, "config": 0, "command_line": 0, "environment": 0,
     "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "optim": 1,
     "runtime": 2,
-    "checkpoint": 3, "tracking": 3, "preempt": 3,
+    "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
     "training": 4, "loop": 4,
     "train": 5, "summary": 5, "data.__main__": 5,
+    "results": 5, "submit": 5, "doctor": 5,
 }  # fmt: skip
 
 

@@ -226,6 +226,17 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     return validated(lambda: Recipe.model_validate(fields), where=f"{path}: ")
 
 
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raise InputError if a run folder was started with another recipe."""
+    before, now = load_recipe(folder / "config.yaml").model_dump(), recipe.model_dump()
+    for name in before:
+        if before[name] != now[name]:
+            raise InputError(
+                f"run folder {folder} was started with {name} {before[name]}, now it is "
+                f"{now[name]}: choose another --name, or the same recipe to go on"
+            )
+
+
 def validated(build: Callable[[], T], where: str = "") -> T:
     """Call ``build``; turn pydantic's report into one line that names the field and the value."""
     try:

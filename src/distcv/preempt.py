@@ -11,6 +11,10 @@ STOPPED = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL o
 STOP_FILE = "STOP"
 JOB_STOP_FILE = "DISTCV_STOP_FILE"  # variable: a second file, by which a batch script asks
 
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name)
+]
+
 
 class StopRequest:
     """Remembers whether this process was asked to stop; nothing else happens in the handler.
@@ -24,11 +28,7 @@ class StopRequest:
         if JOB_STOP_FILE in os.environ:
             self.files.append(Path(os.environ[JOB_STOP_FILE]))
         self.signalled = False
-        self.previous = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR2", None))
-            if number is not None
-        }
+        self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signalled:

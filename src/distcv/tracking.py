@@ -1,176 +1,23 @@
-"""What a run leaves behind and shows: the run folder, the console, W&B and TensorBoard."""
+"""What a run shows while it goes on: the console, W&B and TensorBoard."""
 
 import contextlib
-import itertools
 import json
 import netrc
 import os
-import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import filelock
 from tqdm import tqdm
 
 from distcv.command_line import RunOptions
-from distcv.config import InputError, Recipe, load_recipe
-from distcv.environment import describe_environment, slurm_job
+from distcv.config import Recipe
 from distcv.preempt import STOPPED
+from distcv.run_folder import RunFolder
 from distcv.runtime import Runtime
-
-
-class RunFolder:
-    """``runs/<name>/``: config.yaml, environment.json, metrics.jsonl, checkpoints/, result.json.
-
-    Raises:
-        InputError: not writable, in use by a live process, or started with another recipe.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / "metrics.jsonl"
-        self.result = path / "result.json"
-        self.lock = filelock.FileLock(path / "lock")
-
-    def open(self, recipe: Recipe) -> None:
-        """Create the folder or return to it, and hold it until this process ends."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            # After a requeue, the processes of the job before may take a moment to end.
-            job = slurm_job()
-            self.lock.acquire(timeout=60 if job and job[1] else 0)
-        except filelock.Timeout:
-            raise InputError(
-                f"run folder {self.path} is in use by another process: wait, or choose --name"
-            ) from None
-        except OSError as error:
-            raise InputError(
-                f"run folder {self.path}: {error.strerror}: choose --runs-dir"
-            ) from None
-        config = self.path / "config.yaml"
-        if config.exists():
-            self._check_same(load_recipe(config), recipe)
-        else:
-            self._write(config, recipe.to_yaml())
-
-    def _check_same(self, before: Recipe, now: Recipe) -> None:
-        old, new = before.model_dump(), now.model_dump()
-        for name in old:
-            if old[name] != new[name]:
-                raise InputError(
-                    f"run folder {self.path} was started with {name} {old[name]}, now it is "
-                    f"{new[name]}: choose another --name, or the same recipe to go on"
-                )
-
-    def record_start(
-        self, options: RunOptions, runtime: Runtime, newest: Path | None
-    ) -> dict[str, Any]:
-        """Add this start to environment.json, with what is other than at the one before.
-
-        After a restart by the launcher, also the seconds lost: since the checkpoint that is gone on
-        from, or since the former start.
-
-        Raises:
-            InputError: Slurm has requeued the job too often without a new checkpoint.
-        """
-        path = self.path / "environment.json"
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
-        now = time.time()
-        start: dict[str, Any] = describe_environment() | runtime.record()
-        start |= {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)),
-            "options": options.model_dump(mode="json"),
-            "resumes": newest.name if newest else None,
-        }
-        if starts:
-            start["changed"] = _differences(starts[-1], start)
-        if starts and runtime.restarts:
-            began = datetime.fromisoformat(starts[-1]["time"]).timestamp()
-            start["seconds_lost"] = now - (newest.stat().st_mtime if newest else began)
-        if job := slurm_job():
-            start["slurm"] = {"job": job[0], "requeues": job[1]}
-        starts.append(start)
-        self._write(path, json.dumps({"starts": starts}, indent=1))
-        if (idle := _idle_requeues(starts)) > options.idle_requeues:
-            raise InputError(
-                f"job {start['slurm']['job']} was requeued {idle} times without a new checkpoint "
-                f"(it is at {start['resumes'] or 'the start'}): give it more time, a smaller "
-                "--checkpoint-every, or more --idle-requeues"
-            )
-        return start
-
-    def cut_metrics(self, step: int) -> None:
-        """Drop rows of steps after ``step``, which a resumed run will write again."""
-        if self.metrics.exists():
-            rows = self.metrics.read_text().splitlines(keepends=True)
-            self._write(self.metrics, "".join(row for row in rows if _row_step(row) <= step))
-
-    def add_row(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def write_result(self, result: dict[str, Any]) -> None:
-        """Write result.json."""
-        self._write(self.result, json.dumps(result, indent=1) + "\n")
-
-    def read_result(self) -> dict[str, Any] | None:
-        """The result of a finished run, or None."""
-        if not self.result.exists():
-            return None
-        return dict(json.loads(self.result.read_text()))
-
-    def tracker_id(self) -> str:
-        """An id for this run in trackers, the same after every restart; a W&B agent gives its own.
-
-        The agent of a sweep sets ``WANDB_RUN_ID``.
-        """
-        path = self.path / "tracker.json"
-        if not path.exists():
-            new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
-            self._write(path, json.dumps({"id": new}))
-        return str(json.loads(path.read_text())["id"])
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text)
-        temporary.replace(path)
-
-
-def _idle_requeues(starts: list[dict[str, Any]]) -> int:
-    """Requeues since the last one that found a new checkpoint."""
-    place = [(start.get("slurm", {}).get("job"), start["resumes"]) for start in starts]
-    same = itertools.takewhile(lambda i: place[i] == place[-1], reversed(range(len(starts))))
-    return len({starts[i].get("slurm", {}).get("requeues") for i in same}) - 1
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """What two starts do not share, as [before, now]; options and versions one by one."""
-
-    def flat(start: dict[str, Any]) -> dict[str, Any]:
-        inner: dict[str, Any] = start.get("options", {}) | start.get("versions", {})
-        passing = {"time", "options", "versions", "resumes", "changed", "seconds_lost", "restarts",
-                   "slurm"}  # fmt: skip
-        return {k: v for k, v in start.items() if k not in passing} | inner
-
-    old, new = flat(before), flat(now)
-    return {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
-
-
-def _row_step(row: str) -> float:
-    """The step of a row; infinity for one that was cut off in writing."""
-    try:
-        return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 class Console:
@@ -244,51 +91,92 @@ class Trackers:
         options: RunOptions,
         console: Console,
     ) -> None:
-        self.runtime = runtime
+        self.runtime, self.folder, self.console = runtime, folder, console
+        self.recipe, self.options = recipe, options
         self.first_step = 0  # W&B has the rows of the steps before it
-        self.names: list[str] = []
-        if not (options.track and runtime.is_main):
-            return
-        self.names = sorted(options.track, reverse=True)  # W&B first: only it can fail to start
+        self.held: dict[str, float] = {}
+        # W&B first: only it can fail to start
+        self.names = sorted(options.track, reverse=True) if runtime.is_main else []
+        if self.names:
+            self._open()
+
+    def _open(self) -> None:
+        """Start the trackers; send W&B what it lacks of the rows so far."""
         init: dict[str, dict[str, Any]] = {}
         if "wandb" in self.names:
-            init["wandb"] = _wandb_settings(folder, recipe, options)
+            init["wandb"] = _wandb_settings(self.folder, self.recipe, self.options)
+        place = self.options.project, self.folder.path / "tensorboard"
         try:
-            runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)
+            self.runtime.start_trackers(self.names, *place, init)
         except Exception as error:  # a dead server must not end a training
             if "wandb" not in init:
                 raise
-            console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
-            _go_offline(init["wandb"])
-            runtime.start_trackers(self.names, options.project, folder.path / "tensorboard", init)
+            self.console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
+            _forget_service()
+            init["wandb"]["mode"] = "offline"
+            self.runtime.start_trackers(self.names, *place, init)
         if "wandb" in self.names:
-            run = runtime.tracker("wandb")
+            run = self.runtime.tracker("wandb")
             run.define_metric("epoch")
             run.define_metric("val/*", step_metric="epoch")
-            if folder.metrics.exists():  # not the first start
-                self.first_step = _first_missing_step(run, folder)
-                for row in map(json.loads, folder.metrics.read_text().splitlines()):
-                    if row["step"] >= self.first_step:
-                        run.log(_tracked(row), step=row["step"])
+            if self.folder.metrics.exists():  # not the first start
+                self.first_step, self.held = _first_missing_step(run, self.folder), {}
+                for row in map(json.loads, self.folder.metrics.read_text().splitlines()):
+                    self._send(row, run.log)
         if "tensorboard" in self.names:
-            text = f"```yaml\n{recipe.to_yaml()}```"
-            runtime.tracker("tensorboard").add_text("recipe", text, 0)
+            text = f"```yaml\n{self.recipe.to_yaml()}```"
+            self.runtime.tracker("tensorboard").add_text("recipe", text, 0)
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics.jsonl, unless it was sent before the run was killed."""
-        if self.names and row["step"] >= self.first_step:
-            self.runtime.track(_tracked(row), step=row["step"])
+        self._attempt(lambda: self._send(row, self.runtime.track))
+
+    def _send(self, row: dict[str, Any], send: Callable[..., None]) -> None:
+        if row["step"] < self.first_step:
+            return
+        self.held |= _tracked(row)
+        # W&B takes one row a step: that of an epoch's last step waits for the evaluation, before
+        # which the run may be stopped.
+        last = row["epoch"] % 1 == 0 or row["step"] == self.recipe.max_steps
+        if row["event"] == "epoch" or not last:
+            send(self.held, step=row["step"])
+            self.first_step, self.held = row["step"] + 1, {}
 
     def close(self, *, stopped: bool = False) -> None:
         """Finish; a stopped run is marked as to be continued.
 
         A sweep hands such a run out again, but only if its exit code is not 0.
         """
-        if "wandb" in self.names and stopped:
-            run = self.runtime.tracker("wandb")
-            run.mark_preempting()
-            run.finish(exit_code=STOPPED)
-        self.runtime.end_trackers()
+
+        def finish() -> None:
+            if "wandb" in self.names and stopped:
+                run = self.runtime.tracker("wandb")
+                run.mark_preempting()
+                run.finish(exit_code=STOPPED)
+            self.runtime.end_trackers()
+
+        self._attempt(finish)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Do something with the trackers; whatever they raise, the training goes on.
+
+        They are opened once more first. W&B's process, for one, is ended by the SIGTERM that some
+        Slurm sites (proctrack/linuxproc) send to all processes of a job.
+        """
+        if not self.names:
+            return
+        try:
+            try:
+                action()
+            except Exception:
+                _forget_service()
+                self._open()
+                action()
+        except Exception as error:
+            self.names = []
+            self.console.say(
+                f"trackers are given up ({type(error).__name__}): metrics.jsonl goes on without"
+            )
 
 
 def _tracked(row: dict[str, Any]) -> dict[str, float]:
@@ -337,6 +225,7 @@ def _wandb_settings(folder: RunFolder, recipe: Recipe, options: RunOptions) -> d
         "id": folder.tracker_id(),
         "name": folder.path.name,
         "resume": "allow",
+        "reinit": "create_new",
         "dir": root,
         "config": recipe.model_dump(mode="json"),
         "group": f"{recipe.model}-{recipe.model_copy(update={'seed': 0}).sha256[:8]}",
@@ -349,11 +238,11 @@ def _wandb_settings(folder: RunFolder, recipe: Recipe, options: RunOptions) -> d
     }
 
 
-def _go_offline(settings: dict[str, Any]) -> None:
-    import wandb
-
-    wandb.teardown()  # its service still holds the run's id
-    settings["mode"] = "offline"
+def _forget_service() -> None:
+    """Let go of W&B's process, which may be dead, or still hold the run's id."""
+    if "wandb" in sys.modules:
+        with contextlib.suppress(Exception):
+            sys.modules["wandb"].teardown()
 
 
 def _has_wandb_key() -> bool:

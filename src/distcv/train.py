@@ -17,8 +17,8 @@ from distcv.models import MODELS, find_model
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
     from distcv.preempt import StopRequest
+    from distcv.run_folder import RunFolder
     from distcv.runtime import Runtime
-    from distcv.tracking import RunFolder
     from distcv.training import Progress, Training
 
 
@@ -66,7 +66,8 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     from distcv.data import load_dataset
     from distcv.loop import share_statistics, train_epoch
     from distcv.preempt import STOP_FILE, STOPPED, StopRequest
-    from distcv.tracking import Console, RunFolder, Trackers
+    from distcv.run_folder import RunFolder
+    from distcv.tracking import Console, Trackers
     from distcv.training import Progress, build, restore, snapshot
 
     # Where: processes, run folder, console.
@@ -168,13 +169,13 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     evaluation = evaluation or timed_evaluation(training, progress)
     assert evaluation is not None
     result = make_result(training, data.info.classes, progress, evaluation, start)
+    trackers.close()  # before the run counts as finished, else a kill would leave it open there
     if runtime.is_main:
         folder.write_result(result)
     console.say(
         f"test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, "
         f"{result['seconds']:.1f} s; result in {folder.result}"
     )
-    trackers.close()
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Jobs of Slurm: templates read and checked (batch), submitted (__main__), followed (watch)."""

@@ -1,0 +1,264 @@
+"""W&B runs survive every restart: real trainings against a server on the loopback."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from runs import ONE_THREAD, ROOT, Runs
+from wandb_server import ENTITY, KEY, Run, WandbServer, config_in
+
+SHORT = ["--model", "gap", "--max-steps", "80", "--log-every", "5", "--track", "wandb"]
+MODES = pytest.mark.parametrize("mode", ["online", "offline"])
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.close()
+    assert server.unknown == set(), "the client asked for more than the server has"
+
+
+@pytest.fixture
+def runs(
+    tmp_path: Path,
+    data_dir: Path,
+    mnist: object,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Runs]:
+    """Starts trainings which have that server's key; what they log, they send within a second."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    own = {"HOME": str(tmp_path / "home"), "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
+    for name, value in (server.environment | own | ONE_THREAD).items():
+        monkeypatch.setenv(name, value)
+    yield Runs(tmp_path / "runs", data_dir.resolve())
+    for left in psutil.Process().children():  # by a test that failed
+        if str(tmp_path / "runs") in left.cmdline():
+            left.kill()
+
+
+def sync(runs: Runs, name: str) -> None:
+    """Send the logs of a run's offline starts, as a user does."""
+    folders = map(str, sorted(runs.folder.glob(f"{name}/wandb/offline-run-*")))
+    command = [sys.executable, "-m", "wandb", "sync", *folders]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def run_of(runs: Runs, name: str, server: WandbServer) -> Run:
+    """The only run that the server has, which must be this one."""
+    [run] = server.runs.values()
+    assert run.id == json.loads((runs.folder / name / "tracker.json").read_text())["id"]
+    return run
+
+
+def rows_on_disk(runs: Runs, name: str) -> list[dict[str, Any]]:
+    """metrics.jsonl as W&B should have it, one row a step, without what is timed."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in runs.rows(name):
+        values = steps.setdefault(row["step"], {"_step": row["step"]})
+        values["epoch"] = row["epoch"]
+        if row["event"] == "train":
+            values |= {f"train/{key}": row[key] for key in ("loss", "accuracy", "lr")}
+        else:
+            values |= {"val/loss": row["test_loss"], "val/accuracy": row["test_accuracy"]}
+            values["val/best_accuracy"] = row["best_test_accuracy"]
+    return list(steps.values())
+
+
+def rows_on_server(run: Run) -> list[dict[str, Any]]:
+    wandb_s_own = {"_timestamp", "_runtime", "train/images_per_second"}
+    return [{k: v for k, v in row.items() if k not in wandb_s_own} for row in run.history]
+
+
+def check_whole(
+    runs: Runs,
+    name: str,
+    server: WandbServer,
+    *,
+    starts: int,
+    steps: Iterable[int] = range(5, 81, 5),
+) -> None:
+    """After so many starts: one finished run, one config, each row of metrics.jsonl once."""
+    run = run_of(runs, name, server)
+    assert [row["_step"] for row in run.history] == list(steps)
+    assert rows_on_server(run) == rows_on_disk(runs, name)
+    assert run.state == "finished"
+    assert run.summary["val/best_accuracy"] == runs.result(name)["best_test_accuracy"]
+    begun = [upsert for upsert in server.sent("UpsertBucket") if upsert.get("host")]
+    assert len(begun) == starts
+    assert {upsert["displayName"] for upsert in begun} == {name}
+    assert len({upsert["groupName"] for upsert in begun}) == 1
+    configs = [config_in(upsert) for upsert in begun]
+    assert configs == starts * [configs[0]] and configs[0]["model"] == "gap"
+    assert run.config == configs[0]
+
+
+def check_key_is_secret(folder: Path, server: WandbServer) -> None:
+    """The API key is in the header of requests, and neither in their bodies nor on disk."""
+    in_header = base64.b64encode(f"api:{KEY}".encode())
+    secrets = [KEY.encode(), in_header]
+    assert any(in_header.decode() in r.headers.get("authorization", "") for r in server.requests)
+    texts = {request.path: request.body for request in server.requests}
+    texts |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(path.endswith(".wandb") for path in texts)
+    assert [path for path, text in texts.items() if any(s in text for s in secrets)] == []
+
+
+@pytest.mark.slow
+@MODES
+def test_a_run_that_is_stopped_twice_is_one_run_in_wandb(
+    mode: str, runs: Runs, server: WandbServer
+) -> None:
+    for how, step in (("file", 10), ("SIGTERM", 40)):
+        process = runs.start("r", *SHORT, WANDB_MODE=mode)
+        runs.wait_for_step("r", step, process)
+        if how == "file":
+            (runs.folder / "r/STOP").touch()
+        else:
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 75, out + err
+        if mode == "online":
+            assert run_of(runs, "r", server).state == "preempted"
+    runs.run("r", *SHORT, WANDB_MODE=mode)
+    if mode == "offline":
+        assert server.requests == []
+        sync(runs, "r")
+    check_whole(runs, "r", server, starts=3)
+    check_key_is_secret(runs.folder, server)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a training and W&B's processes, as Slurm does."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it should have been at work still"
+
+
+@pytest.mark.slow
+@MODES
+def test_rows_of_a_run_that_is_killed_are_neither_lost_nor_doubled(
+    mode: str, runs: Runs, server: WandbServer
+) -> None:
+    flags = [*SHORT, "--checkpoint-every", "20"]
+    # Killed at once, rows before the checkpoint are lost that were neither sent nor written.
+    process = runs.start("r", *flags, WANDB_MODE=mode, WANDB__FILE_STREAM_TRANSMIT_INTERVAL="15")
+    runs.wait_for_step("r", 25, process)
+    kill(process)
+    # Killed after a pause in which all rows but the last are sent or written, those after the
+    # checkpoint would be there twice.
+    process = runs.start("r", *flags, WANDB_MODE=mode)
+    runs.wait_for_step("r", 50, process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    kill(process)
+    if mode == "online":
+        assert run_of(runs, "r", server).history[-1]["_step"] > 40
+    said = runs.run("r", *flags, WANDB_MODE=mode)
+    assert "resuming after step 40" in said
+    if mode == "offline":
+        sync(runs, "r")
+    check_whole(runs, "r", server, starts=3)
+
+
+@pytest.mark.slow
+def test_a_stop_before_an_evaluation_does_not_part_its_row(
+    runs: Runs, server: WandbServer, tmp_path: Path
+) -> None:
+    flags = [*SHORT, "--max-steps", "1"]
+    asked = tmp_path / "asked"
+    asked.touch()
+    for _ in range(2):
+        runs.run("r", *flags, expect=75, DISTCV_STOP_FILE=str(asked))
+    assert [row["event"] for row in runs.rows("r")] == ["train"]
+    runs.run("r", *flags)
+    check_whole(runs, "r", server, starts=3, steps=[1])
+
+
+@pytest.mark.slow
+def test_a_run_that_began_offline_is_whole_once_it_is_online(
+    runs: Runs, server: WandbServer
+) -> None:
+    process = runs.start("r", *SHORT, WANDB_MODE="offline")
+    runs.wait_for_step("r", 10, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    runs.run("r", *SHORT)
+    check_whole(runs, "r", server, starts=1)
+    sync(runs, "r")
+    check_whole(runs, "r", server, starts=1)
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_has_the_trackers(runs: Runs, server: WandbServer) -> None:
+    runs.launch("r", 2, *SHORT, "tensorboard")
+    check_whole(runs, "r", server, starts=1)
+    assert len(list(runs.folder.glob("r/tensorboard/**/events.out.tfevents.*"))) == 1
+
+
+class Agent:
+    """`wandb agent --count 1` on a sweep over two learning rates, which trains as users would."""
+
+    def __init__(self, runs: Runs, server: WandbServer) -> None:
+        train = [sys.executable, "-m", "distcv.train", *SHORT, *runs.flags, "${args}"]
+        parameters = [{"lr": lr, "weight_decay": 1e-3} for lr in (0.05, 0.1)]
+        self.sweep = server.add_sweep(train, parameters)
+        self.folder = runs.folder.parent
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "wandb", "agent", "--count", "1", *flags]
+        path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        return subprocess.Popen(
+            [*command, f"{ENTITY}/distcv/{self.sweep}"],
+            cwd=self.folder, env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def wait(self, process: subprocess.Popen[str]) -> None:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+
+
+@pytest.mark.slow
+def test_a_sweep_s_run_that_was_stopped_is_gone_on_with_by_the_next_agent(
+    runs: Runs, server: WandbServer
+) -> None:
+    agent = Agent(runs, server)
+    id = f"{agent.sweep}-1"
+    name = f"gap-{id}"
+    process = agent.start()
+    runs.wait_for_step(name, 10, process)
+    (runs.folder / name / "STOP").touch()
+    agent.wait(process)
+    assert server.run(id).state == "preempted" and server.run(id).exit_code == 75
+    process = agent.start("--forward-signals")  # without it, SIGTERM ends the agent only
+    runs.wait_for_step(name, 40, process)
+    process.send_signal(signal.SIGTERM)
+    agent.wait(process)
+    assert server.run(id).state == "preempted" and server.run(id).exit_code == 75
+    agent.wait(agent.start())
+    check_whole(runs, name, server, starts=3)
+    assert server.run(id).config["lr"] == 0.05 and server.run(id).config["weight_decay"] == 1e-3
+    assert server.run(id).fields["sweep"] == agent.sweep
+    assert len(server.sweeps[agent.sweep].waiting) == 1, "the other one was not begun"
+    check_key_is_secret(runs.folder, server)
+
+
+@pytest.mark.slow
+def test_a_wrong_key_does_not_end_the_training(runs: Runs, server: WandbServer) -> None:
+    said = runs.run("r", *SHORT, WANDB_API_KEY="0" * 40)
+    assert "going on offline" in said and runs.result("r")["steps"] == 80
+    assert server.runs == {}
