@@ -119,6 +119,9 @@ PYTHON
     fi
 
     options+=(--main_process_ip "$head")
+    if [[ $module == distcv.doctor ]] && ((max_restarts == 0)); then
+        options+=(--rdzv_conf timeout=60) # a node that doesn't come is what it looks for
+    fi
 
     if ((max_restarts > 0)); then
         # torchrun's c10d tells every node of a restart; its static way lets each find out. What it

@@ -16,6 +16,7 @@ from distcv.config import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = README + (ROOT / "docs/slurm.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> 
     assert "distcv/train.py" in inside
     (entries,) = (name for name in inside if name.endswith("entry_points.txt"))
     listed = zipfile.ZipFile(wheel).read(entries).decode()
-    for module in ("train", "summary", "data"):
+    for module in ("train", "summary", "data", "submit", "results", "doctor"):
         assert f"distcv-{module} = distcv.{module}" in listed
     assert not any(name.startswith(("tests/", "data/", "runs/")) for name in inside)
 
@@ -71,27 +72,42 @@ def test_the_wheel_works_away_from_the_clone(wheel: Path, tmp_path: Path) -> Non
 
 
 def shell_lines() -> list[str]:
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
     return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "distcv." in line])
-def test_every_command_of_the_readme_is_understood(line: str, tmp_path: Path) -> None:
+def test_every_command_of_the_readme_is_understood(
+    line: str, tmp_path: Path, mnist: object, cifar10: object
+) -> None:
     """Flags and names are right; that the main commands run whole is seen in CI and elsewhere."""
     words = shlex.split(line)
     module = next(word for word in words if word.startswith("distcv."))
-    flags = words[words.index(module) + 1 :]
+    flags = [word for word in words[words.index(module) + 1 :] if word not in ("--", "--slurm")]
     if "--config_file" in words:
         assert (ROOT / words[words.index("--config_file") + 1]).is_file()
     if "--help" in flags or "--tyro-print-completion" in flags or module == "distcv.summary":
         extra: list[str] = []
     elif module == "distcv.train":
         extra = ["--print-config"]
+    elif module == "distcv.results":
+        extra = []
+        finished = tmp_path / "runs/gap-0"
+        finished.mkdir(parents=True)
+        (finished / "config.yaml").write_text(load_recipe("gap").to_yaml())
+        result = json.loads((ROOT / "results/gap.json").read_text())[0]
+        (finished / "result.json").write_text(json.dumps(result))
     else:
-        extra = ["--data-dir", str(ROOT / "data")]
+        extra = ["--data-dir", str(ROOT / "data"), *(["--dry-run"] if "--watch" in flags else [])]
+    for name in ("launch", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("sbatch", "sinfo"):  # a Slurm that agrees to anything
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     ran = subprocess.run(
         [sys.executable, "-m", module, *flags, *extra],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": path},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
 
@@ -124,7 +140,7 @@ def test_figures_of_the_readme_come_from_the_result_files() -> None:
 
 
 def test_shell_scripts_are_sound() -> None:
-    for script in [ROOT / ".ci/run", *(ROOT / "slurm").glob("*.sh")]:
+    for script in [ROOT / ".ci/run", *ROOT.glob("slurm/*.sh"), *ROOT.glob("launch/*.sh")]:
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 

@@ -200,6 +200,17 @@ def test_a_job_that_makes_no_progress_is_given_up(site: Site) -> None:
     assert site.cluster.job(job)["Restarts"] == "2"
 
 
+def test_the_doctor_looks_at_the_nodes_of_a_job(site: Site) -> None:
+    doctor = ["launch/multinode.sh", "--module", "distcv.doctor", "--", "--slurm"]
+    job = site.submit("--nodes=2", "--ntasks-per-node=1", "--output=doctor-%j.out",
+                      f"--wrap=srun {' '.join(doctor)}")  # fmt: skip
+    site.finish(job)
+    said = site.log(job)
+    assert re.search(r"ok +exchange +gloo: sum right", said) and "wrong" not in said
+    assert re.search(r"ok +runs folder .*shared and locked.*", said)
+    assert f"job {job} on node1, node2" in said and "2 processes on 2 hosts" in said
+
+
 @pytest.fixture
 def server(cluster: Cluster) -> Iterator[WandbServer]:
     """A W&B server that the nodes reach."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import netrc
 import os
 import platform
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -73,6 +75,22 @@ def launch_time() -> time.struct_time:
         with contextlib.suppress(psutil.Error):
             return time.localtime(psutil.Process(os.getppid()).create_time())
     return time.localtime()
+
+
+def wandb_server() -> str:
+    """Address of the W&B server that runs are logged to."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+
+
+def wandb_key() -> str | None:
+    """The key for that server, from WANDB_API_KEY or netrc; never to be printed."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    try:
+        found = netrc.netrc().authenticators(urlsplit(wandb_server()).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return found[2] if found else None
 
 
 def cpu_name() -> str:

@@ -2,19 +2,18 @@
 
 import contextlib
 import json
-import netrc
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from distcv.command_line import RunOptions
 from distcv.config import Recipe
+from distcv.environment import wandb_key
 from distcv.preempt import STOPPED
 from distcv.run_folder import RunFolder
 from distcv.runtime import Runtime
@@ -220,7 +219,7 @@ def _wandb_settings(folder: RunFolder, recipe: Recipe, options: RunOptions) -> d
 
     root = str(folder.path.resolve())
     os.environ.setdefault("WANDB_DATA_DIR", root)  # artifacts wait for their sync in the run folder
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key() else "offline")
     return {
         "id": folder.tracker_id(),
         "name": folder.path.name,
@@ -243,13 +242,3 @@ def _forget_service() -> None:
     if "wandb" in sys.modules:
         with contextlib.suppress(Exception):
             sys.modules["wandb"].teardown()
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

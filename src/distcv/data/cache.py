@@ -145,6 +145,25 @@ def open_cache(info: DatasetInfo, folder: Path) -> Arrays:
         raise InputError(f"{note}: no valid cache: {one_line(error)}") from error
 
 
+def check_cached(info: DatasetInfo, data_dir: Path) -> str:
+    """Verify that a data set is cached, without fetching it; where it is, in words.
+
+    Raises:
+        InputError: it isn't, or is damaged; with the command that fetches it.
+    """
+    folder = data_dir / "distcv"
+    if info.format == "none":
+        return f"{info.name} needs no files"
+    remedy = f"python -m distcv.data --dataset {info.name} --data-dir {data_dir}"
+    try:
+        open_cache(info, folder)
+    except FileNotFoundError:
+        raise InputError(f"{info.name} is not in {folder}: {remedy}") from None
+    except (InputError, OSError) as error:
+        raise InputError(f"{error}: {remedy}") from None
+    return f"{info.name} in {folder}, verified"
+
+
 def _map(info: DatasetInfo, path: Path, sums: Any) -> Arrays:
     shapes = array_shapes(info)
     sizes = [math.prod(shape) for shape in shapes]

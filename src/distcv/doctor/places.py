@@ -4,7 +4,6 @@ import base64
 import contextlib
 import http.client
 import json
-import netrc
 import os
 import shutil
 import tempfile
@@ -13,15 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import filelock
 
-from distcv.config import InputError
 from distcv.data import find_dataset
-from distcv.data.cache import open_cache
+from distcv.data.cache import check_cached
 from distcv.doctor import Arguments, Line, one_line
+from distcv.environment import wandb_key, wandb_server
 from distcv.runtime.probe import World, within
 
 LEAST_FREE_GB = 1.0
@@ -106,27 +104,16 @@ def data(world: World, arguments: Arguments) -> Iterator[Line]:
     """The data set in this node's cache, verified."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    info, folder = find_dataset(arguments.dataset), arguments.data_dir / "distcv"
-    if info.format == "none":
-        yield Line("ok", f"{info.name} needs no files")
-        return
-    remedy = f"python -m distcv.data --dataset {info.name} --data-dir {arguments.data_dir}"
-    try:
-        open_cache(info, folder)
-        yield Line("ok", f"{info.name} in {folder}, verified")
-    except FileNotFoundError:
-        yield Line("wrong", f"{info.name} is not in {folder}: {remedy}")
-    except (InputError, OSError) as error:
-        yield Line("wrong", f"{error}: {remedy}")
+    yield Line("ok", check_cached(find_dataset(arguments.dataset), arguments.data_dir))
 
 
 def wandb(world: World, arguments: Arguments) -> Iterator[Line]:
     """Whether runs can be logged online, from rank 0, which alone does."""
     if world.rank:
         return
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    base = wandb_server()
     mode = os.environ.get("WANDB_MODE", "online")
-    key = _key(base)
+    key = wandb_key()
     if mode != "online":
         yield Line("ok", f"WANDB_MODE is {mode}: nothing is sent to {base}")
         return
@@ -147,17 +134,6 @@ def wandb(world: World, arguments: Arguments) -> Iterator[Line]:
         yield Line("ok", f"{base} accepts the key of {viewer.get('entity')}")
     else:
         yield Line("wrong", f"{base} refuses the key: wandb login --relogin, or WANDB_API_KEY")
-
-
-def _key(base: str) -> str | None:
-    """The key that W&B uses for this server; never to be printed."""
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    try:
-        found = netrc.netrc().authenticators(urlsplit(base).hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return found[2] if found else None
 
 
 def _viewer(base: str, key: str | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from distcv.command_line import (
     CommandLine,
-    RunOptions,
     flag_value,
     parse_known_arguments,
     run_command,
@@ -123,7 +122,9 @@ def checks(job: Job) -> Iterator[tuple[str, str]]:
     if command and (found := training(command)):
         recipe, options = found
         yield "recipe", f"{recipe.model} on {recipe.dataset}, {recipe.epochs} epochs"
-        yield "data", data_line(recipe, options)
+        from distcv.data.cache import check_cached  # compute nodes often can't fetch it
+
+        yield "data", check_cached(find_dataset(recipe.dataset), options.data_dir)
         yield "batch", batch_line(recipe, job.nodes, processes_per_node(job, command))
         if options.name:
             yield "run folder", folder_line(options.runs_dir / options.name, recipe)
@@ -137,25 +138,6 @@ def checks(job: Job) -> Iterator[tuple[str, str]]:
     yield "command", shlex.join(["sbatch", *job.command])
     if command:
         yield "runs", shlex.join(command)
-
-
-def data_line(recipe: Recipe, options: RunOptions) -> str:
-    """Where the data set is cached, which is verified; nothing is fetched."""
-    info, folder = find_dataset(recipe.dataset), options.data_dir / "distcv"
-    if info.format == "none":
-        return f"{info.name} needs no files"
-    from distcv.data.cache import open_cache
-
-    remedy = f"python -m distcv.data --dataset {info.name} --data-dir {options.data_dir}"
-    try:
-        open_cache(info, folder)
-    except FileNotFoundError:
-        raise InputError(
-            f"{info.name} is not in {folder}, and compute nodes often can't fetch it: {remedy}"
-        ) from None
-    except (InputError, OSError) as error:
-        raise InputError(f"{error}: {remedy}") from None
-    return f"{info.name} in {folder}, verified"
 
 
 def processes_per_node(job: Job, command: list[str]) -> int:
