@@ -233,7 +233,9 @@ class Cluster:
 
     def boot(self, node: str) -> None:
         """Start a crashed node again, once Slurm has seen that it is down, and wait for it."""
-        self._until(lambda: "down" in self._node_state(node), 60, f"{node} isn't down")
+        # scontrol lists all flags of a state, of which sinfo shows one.
+        show = ["scontrol", "show", "node", node, "--oneliner"]
+        self._until(lambda: "State=DOWN" in self._ask(*show), 60, f"{node} isn't down")
         self._power_on(node)
         self._until_usable(node)
 

@@ -359,7 +359,8 @@ def test_after_a_process_is_killed_all_start_again(
     both = [start(rank, tmp_path, nodes.inside(rank), *words, *flags) for rank in (0, 1)]
     try:
         Runs(trained.folder, tmp_path).wait_for_step("killed", 8)
-        (worker,) = psutil.Process(both[0].pid).children()
+        (launcher,) = psutil.Process(both[0].pid).children()
+        (worker,) = launcher.children()
         worker.kill()
     except BaseException:
         stop(both)

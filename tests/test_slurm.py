@@ -112,17 +112,22 @@ def test_a_job_at_its_time_limit_goes_on_by_itself(site: Site) -> None:
         assert site.runs.untimed_rows(f"mnist-{job}") == site.runs.untimed_rows(f"mnist-{alone}")
 
 
-@pytest.mark.parametrize("partition", ["low", "low0"])
-def test_a_preempted_job_comes_back(partition: str, site: Site, whole: Runs) -> None:
+def test_a_preempted_job_comes_back(site: Site, whole: Runs) -> None:
     """With a time of grace, in which it leaves by itself, and without."""
-    job = site.submit(f"--partition={partition}", "slurm/mnist.sh", *FLAGS)
-    site.runs.wait_for_step(f"mnist-{job}", 60)
+    jobs = [
+        site.submit(f"--partition={partition}", "slurm/mnist.sh", *FLAGS)
+        for partition in ("low", "low0")
+    ]
+    for job in jobs:
+        site.runs.wait_for_step(f"mnist-{job}", 60)
     urgent = site.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
     site.finish(urgent)
-    site.finish(job, restarts=1)
-    said = site.log(job)
-    assert "resuming after step" in said and said.count("stopped after step") >= 1
-    ends_as_if_left_alone(site, f"mnist-{job}", whole)
+    for job in jobs:
+        site.finish(job, restarts=1)
+        assert "resuming after step" in site.log(job)
+        ends_as_if_left_alone(site, f"mnist-{job}", whole)
+    assert "requeued" in site.log(jobs[0]).replace("not requeued", "")
+    assert "not requeued by itself (COMPLETING" in site.log(jobs[1])
 
 
 def test_only_the_preempted_task_of_an_array_comes_back(site: Site, whole: Runs) -> None:
@@ -162,7 +167,7 @@ def test_a_job_goes_on_after_its_node_died(site: Site, whole: Runs) -> None:
         (["--batch-size", "0"], "error: --batch-size 0"),
         (
             ["--dropout", "0", "--model", "lighter", "--lr", "1e9"],
-            "error: the loss is nan after step",
+            "error: the loss is ",
         ),
     ],
 )

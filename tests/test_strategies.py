@@ -25,7 +25,7 @@ PLAIN = "--model lighter --batch-size 65 --optimizer adamw --weight-decay 0.05 -
 NORMED = "--model gap --batch-size 64 --sync-bn"
 FLAGS = {"plain": PLAIN.split(), "normed": NORMED.split()}
 YOUNG = {"plain": ["--lr", "0.003"], "normed": ["--lr", "0.1", "--warmup", "0.1"]}
-LATER = {"plain": ["--lr", "0.0003", "--clip-norm", "0.5"], "normed": ["--lr", "0.003"]}
+LATER = {"plain": ["--lr", "0.0003", "--clip-norm", "0.5"], "normed": ["--lr", "0.0003"]}
 ACCUMULATED = ["--gradient-accumulation-steps", "2"]
 START, MIDDLE, END = 100, 120, 140
 

@@ -497,7 +497,8 @@ def test_no_torch_is_loaded(words: list[str], clone: Clone) -> None:
 def test_a_training_on_two_nodes_of_a_real_cluster(cluster: Cluster, tmp_path: Path) -> None:
     for name in ("launch", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
-    env = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
     base = [sys.executable, "-m", "distcv.submit", "slurm/mnist.sh", *SYNTHETIC]
 
     with pytest.raises(AssertionError, match=r"error: sbatch: .* configuration is not available"):
