@@ -40,7 +40,7 @@ def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> 
     assert "distcv/train.py" in inside
     (entries,) = (name for name in inside if name.endswith("entry_points.txt"))
     listed = zipfile.ZipFile(wheel).read(entries).decode()
-    for module in ("train", "summary", "data", "submit", "results", "doctor"):
+    for module in ("train", "summary", "data", "submit", "results", "doctor", "bench"):
         assert f"distcv-{module} = distcv.{module}" in listed
     assert not any(name.startswith(("tests/", "data/", "runs/")) for name in inside)
 

@@ -17,7 +17,7 @@ FLOORS = {
     "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
     "training": 4, "loop": 4,
     "train": 5, "summary": 5, "data.__main__": 5,
-    "results": 5, "submit": 5, "doctor": 5,
+    "results": 5, "submit": 5, "doctor": 5, "bench": 5,
 }  # fmt: skip
 
 
