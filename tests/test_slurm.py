@@ -45,7 +45,7 @@ class Site:
 
     def finish(self, job: str, restarts: int = 0) -> None:
         """Wait until a job has done well, having been requeued exactly so often."""
-        self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=200)
+        self.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=400)
         record = self.cluster.job(job)
         found = record["JobState"], int(record["Restarts"])
         assert found == ("COMPLETED", restarts), self.log(job)
@@ -94,7 +94,7 @@ def test_two_nodes_learn_the_curve_of_one(site: Site) -> None:
 
 def test_a_job_at_its_time_limit_goes_on_by_itself(site: Site) -> None:
     """Told ahead by SIGUSR2, or not until SIGTERM, half a minute after which SIGKILL would come."""
-    flags = [*FLAGS, "--max-steps", "1200"]
+    flags = [*FLAGS, "--max-steps", "1800"]
     told, untold, alone = (site.submit("slurm/mnist.sh", *flags) for _ in range(3))
     for job, end in ((told, "now+100"), (untold, "now+1")):  # the script asks for 120 s ahead
         site.runs.wait_for_step(f"mnist-{job}", 10)
