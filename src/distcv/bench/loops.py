@@ -189,6 +189,11 @@ def _timed(
         if several and runtime:
             over = steps % LOG_EVERY == 0 and bool(runtime.from_main(over))
         if over:
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+            synchronize()
             return steps * batch_size, time.perf_counter() - began
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one beside the CPU."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from distcv.bench.loops import BareLoop, OwnLoop
+from distcv.bench.loops import BareLoop, OwnLoop, synchronize
 from distcv.runtime import Runtime
 
 PARTS = ("data", "augmentation", "forward", "backward", "optimizer")
@@ -65,12 +65,6 @@ def matmul_flops(runtime: Runtime, repeats: int = 9) -> float:
         synchronize()
         taken.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(taken[2:])
-
-
-def synchronize() -> None:
-    """Wait for the device, if there is one beside the CPU."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def parts(own: OwnLoop, seconds: float) -> dict[str, float]:

@@ -17,7 +17,7 @@ from distcv import __version__
 from distcv.doctor import Arguments, Line, one_line
 from distcv.environment import available_cores, cpu_name, git_commit
 from distcv.runtime import probe
-from distcv.runtime.launch import check_devices, processes_asked_for, stay_on_cpu
+from distcv.runtime.launch import check_devices, check_launcher, stay_on_cpu
 from distcv.runtime.probe import World
 
 SHOWN = ("Python", "torch", "torchvision", "accelerate", "deepspeed", "wandb")
@@ -91,12 +91,7 @@ def devices(world: World, arguments: Arguments) -> Iterator[Line]:
     else:
         yield Line("ok", text)
     check_devices()
-    if world.processes == 1 and (asked := processes_asked_for()) > 1:
-        yield Line(
-            "wrong",
-            f"accelerate launch was asked for {asked} processes and started 1: its file's "
-            "distributed_type must be MULTI_GPU (also on a CPU), as in launch/cpu.yaml",
-        )
+    check_launcher(world.processes)
 
 
 def _gpus_of_driver() -> int:

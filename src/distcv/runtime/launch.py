@@ -164,7 +164,12 @@ def check_processes(accelerator: Accelerator) -> None:
             f"{started} processes were started but {joined} joined: check the launch file's "
             "distributed_type and use_cpu"
         )
-    if "LOCAL_RANK" not in os.environ and (asked := processes_asked_for()) > joined:
+    check_launcher(joined)
+
+
+def check_launcher(started: int) -> None:
+    """Raise InputError if Accelerate was asked for more processes than it started."""
+    if "LOCAL_RANK" not in os.environ and (asked := processes_asked_for()) > started:
         raise InputError(
             f"accelerate launch was asked for {asked} processes and started 1: its file's "
             "distributed_type must be MULTI_GPU (also on a CPU), as in launch/cpu.yaml"
