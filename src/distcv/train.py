@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from distcv.command_line import RunOptions, read_command_line, run_command
 from distcv.config import InputError, Recipe
-from distcv.data import DATASETS, find_dataset
+from distcv.data import find_dataset
 from distcv.environment import launch_time, set_thread_environment
-from distcv.models import MODELS, find_model
+from distcv.models import find_model
 
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
@@ -63,12 +63,11 @@ def train(recipe: Recipe, options: RunOptions) -> int:
 def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
-    from distcv.data import load_dataset
     from distcv.loop import share_statistics, train_epoch
     from distcv.preempt import STOP_FILE, STOPPED, StopRequest
     from distcv.run_folder import RunFolder
     from distcv.tracking import Console, Trackers
-    from distcv.training import Progress, build, restore, snapshot
+    from distcv.training import Progress, build, load_data, restore, snapshot
 
     # Where: processes, run folder, console.
     console = Console(runtime, recipe)
@@ -88,8 +87,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     start = runtime.on_main(lambda: folder.record_start(options, runtime, newest))
 
     # What: data, network, optimizer, as if for one device, then wrapped for the strategy.
-    shape = DATASETS[MODELS[recipe.model].dataset].shape if recipe.dataset == "synthetic" else None
-    data = load_dataset(recipe.dataset, options.data_dir, shape=shape, report=console.say)
+    data = load_data(recipe, options.data_dir, console.say)
     training = build(recipe, data, runtime)
     runtime.on_main(lambda: check_space(folder, training))
     for line in training.describe():

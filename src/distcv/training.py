@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from distcv.augment import Augmenter
 from distcv.checkpoint import Checkpoint
 from distcv.config import InputError, Recipe
-from distcv.data import DATASETS, ImageData
+from distcv.data import DATASETS, ImageData, Report, load_dataset
 from distcv.data.loading import (
     Batch,
     EvaluationBatches,
@@ -103,6 +104,12 @@ class Training:
             "epoch": progress.step / self.steps_per_epoch,
             "samples": progress.step * self.recipe.batch_size,
         }
+
+
+def load_data(recipe: Recipe, data_dir: Path, report: Report) -> ImageData:
+    """The recipe's data set; a synthetic one has the shape that its network is made for."""
+    shape = DATASETS[MODELS[recipe.model].dataset].shape if recipe.dataset == "synthetic" else None
+    return load_dataset(recipe.dataset, data_dir, shape=shape, report=report)
 
 
 def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:

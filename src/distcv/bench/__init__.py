@@ -21,9 +21,9 @@ from distcv.command_line import (
     run_command,
 )
 from distcv.config import InputError, Recipe, Strict
-from distcv.data import DATASETS, find_dataset
+from distcv.data import find_dataset
 from distcv.environment import describe_environment, set_thread_environment
-from distcv.models import MODELS, find_model
+from distcv.models import find_model
 
 if TYPE_CHECKING:
     from distcv.runtime import Runtime
@@ -106,10 +106,9 @@ def _measured(
 ) -> dict[str, Any]:
     from distcv.bench import measure
     from distcv.bench.loops import BareLoop, ConventionalLoop, OwnLoop
-    from distcv.data import load_dataset
+    from distcv.training import load_data
 
-    shape = DATASETS[MODELS[recipe.model].dataset].shape if recipe.dataset == "synthetic" else None
-    data = load_dataset(recipe.dataset, options.data_dir, shape=shape, report=lambda line: None)
+    data = load_data(recipe, options.data_dir, lambda line: None)
     own = OwnLoop(recipe, data, runtime)
     peak = {"distcv": measure.peak_bytes(runtime, lambda: own.run(0))}  # one step, or one look
     cold = time.time() - psutil.Process().create_time()
