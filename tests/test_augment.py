@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distcv.augment import AUGMENTS, TRIVIAL_OPERATIONS, Augmenter, Chance, affine, flip, translate
+from distcv.augment import AUGMENTS, Augmenter, Chance, affine, flip, translate
 from distcv.config import Recipe
 from distcv.data import DATASETS
 from distcv.data.loading import Batch, ResidentImages
+from distcv.trivial_augment import OPERATIONS
 
 IDS = torch.arange(64)
 EVERYTHING = {
@@ -162,11 +163,11 @@ def test_cutmix_s_labels_are_the_areas(data: ResidentImages) -> None:
 
 
 def test_trivial_augment_uses_all_operations(data: ResidentImages) -> None:
-    drawn = chance(ids=torch.arange(3000)).integers("ta-op", 0, len(TRIVIAL_OPERATIONS) - 1)
-    assert len(TRIVIAL_OPERATIONS) == 14
+    drawn = chance(ids=torch.arange(3000)).integers("ta-op", 0, len(OPERATIONS) - 1)
+    assert len(OPERATIONS) == 14
     assert int(torch.bincount(drawn).min()) > 130
     image = data.images[:1]
-    outputs = [operation(image, 0.8) for operation in TRIVIAL_OPERATIONS]
+    outputs = [operation(image, 0.8) for operation in OPERATIONS]
     assert all(o.dtype == torch.uint8 and o.shape == image.shape for o in outputs)
     assert torch.equal(outputs[0], image)
     changed = [i for i, o in enumerate(outputs) if not torch.equal(o, image)]

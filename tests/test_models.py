@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import distcv
 from distcv.config import InputError
 from distcv.models import MODELS, build_model
+from distcv.models.dropout import Dropout
 
 PARAMS = {
     "tiny_v1": 24_986,
@@ -349,3 +350,25 @@ def test_summary_refuses_in_one_line(arguments: list[str], message: str) -> None
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout_drops_each_activation_by_itself(
+    p: float, memory_format: torch.memory_format
+) -> None:
+    ones = torch.ones(50, 7, 31, 29).to(memory_format=memory_format).requires_grad_()
+    torch.manual_seed(0)
+    out = Dropout(p)(ones)
+    dropped = (out == 0).double()
+    deviation = (p * (1 - p) / ones.numel()) ** 0.5
+    assert abs(dropped.mean() - p) < 4 * deviation
+    neighbours = ((dropped[..., 1:] - p) * (dropped[..., :-1] - p)).mean() / (p * (1 - p))
+    assert abs(neighbours) < 4 / ones.numel() ** 0.5, "independent of each other"
+    assert torch.allclose(out[out != 0], torch.tensor(1 / (1 - p)), rtol=1e-4)
+    out.sum().backward()
+    assert ones.grad is not None and torch.equal(ones.grad, out.detach()), "the same mask"
+    again = Dropout(p)
+    torch.manual_seed(0)
+    assert torch.equal(again(ones), out), "the seed decides"
+    assert torch.equal(again.eval()(ones), ones)

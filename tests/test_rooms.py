@@ -12,7 +12,7 @@ import distcv
 PACKAGE = Path(distcv.__file__).parent
 FLOORS = {
     "__init__": 0, "config": 0, "command_line": 0, "environment": 0,
-    "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "optim": 1,
+    "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "trivial_augment": 1, "optim": 1,
     "runtime": 2,
     "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
     "training": 4, "loop": 4,

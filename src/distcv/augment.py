@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from distcv.config import Recipe
 from distcv.counter_rng import hash_int, hash_tensor, uniform
@@ -100,45 +99,21 @@ def trivial_augment(images: Tensor, recipe: Recipe, chance: Chance) -> Tensor:
     Müller and Hutter (2021); the operations are torchvision's. Samples with the same operation
     and strength are processed together.
     """
+    from distcv.trivial_augment import OPERATIONS  # torchvision takes a second to load
+
     on_host = chance.on_host()
-    operation = on_host.integers("ta-op", 0, len(TRIVIAL_OPERATIONS) - 1)
+    operation = on_host.integers("ta-op", 0, len(OPERATIONS) - 1)
     strength = on_host.integers("ta-size", 0, 30)
     sign = on_host.integers("ta-sign", 0, 1)
     images = images.to(torch.uint8).clone()
     groups = torch.stack([operation, strength, sign], 1)
     for group in torch.unique(groups, dim=0):
         members = (groups == group).all(1).nonzero().squeeze(1).to(images.device)
-        apply = TRIVIAL_OPERATIONS[int(group[0])]
+        apply = OPERATIONS[int(group[0])]
         share = float(group[1]) / 30 * (1 if group[2] else -1)
         images[members] = apply(images[members], share)
     return images
 
-
-def _affine(image: Tensor, *, angle: float = 0.0, shift: tuple[int, int] = (0, 0),
-            shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:  # fmt: skip
-    moved: Tensor = TF.affine(
-        image, angle=angle, translate=list(shift), scale=1.0, shear=list(shear)
-    )
-    return moved
-
-
-# Each takes images and a strength in -1 … 1; those without direction use its size alone.
-TRIVIAL_OPERATIONS: list[Callable[[Tensor, float], Tensor]] = [
-    lambda image, s: image,
-    lambda image, s: _affine(image, shear=(float(np.degrees(np.arctan(0.99 * s))), 0.0)),
-    lambda image, s: _affine(image, shear=(0.0, float(np.degrees(np.arctan(0.99 * s))))),
-    lambda image, s: _affine(image, shift=(int(32 * s), 0)),
-    lambda image, s: _affine(image, shift=(0, int(32 * s))),
-    lambda image, s: _affine(image, angle=135.0 * s),
-    lambda image, s: TF.adjust_brightness(image, 1 + 0.99 * s),
-    lambda image, s: TF.adjust_saturation(image, 1 + 0.99 * s),
-    lambda image, s: TF.adjust_contrast(image, 1 + 0.99 * s),
-    lambda image, s: TF.adjust_sharpness(image, 1 + 0.99 * s),
-    lambda image, s: TF.posterize(image, 8 - round(6 * abs(s))),
-    lambda image, s: TF.solarize(image, 255.0 * (1 - abs(s))),
-    lambda image, s: TF.autocontrast(image),
-    lambda image, s: TF.equalize(image),
-]
 
 # In the order in which they are applied: name, whether the recipe asks for it, function.
 AUGMENTS: dict[str, tuple[Callable[[Recipe], bool], Callable[[Tensor, Recipe, Chance], Tensor]]] = {

@@ -10,6 +10,8 @@ head here holds a softmax.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distcv.models.dropout import Dropout
+
 
 def conv_norm(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dropout: float = 0.0
@@ -22,7 +24,7 @@ def conv_norm(
     if dropout > 0:
         # Last in its block, so that parameter names don't depend on it: weights trained with
         # dropout load into the network without it.
-        block.append(nn.Dropout(dropout))
+        block.append(Dropout(dropout))
     return block
 
 
@@ -84,7 +86,7 @@ def vgg8(channels: int = 3, classes: int = 10, dropout: float = 0.0) -> nn.Seque
         for outputs in pair:
             layers += [*conv_norm(inputs, outputs), nn.ReLU()]
             inputs = outputs
-        layers += [nn.Dropout(dropout), nn.MaxPool2d(2)]
+        layers += [Dropout(dropout), nn.MaxPool2d(2)]
     # Four pools leave 2×2 of 32×32.
     head = [nn.Linear(inputs * 2 * 2, 128), nn.ReLU(), nn.Linear(128, classes)]
     return nn.Sequential(*layers, nn.Flatten(), *head)

@@ -11,6 +11,8 @@ the recipe. Convolutions carry no bias unless a docstring says otherwise.
 
 from torch import nn
 
+from distcv.models.dropout import Dropout
+
 
 def conv_relu(inputs: int, outputs: int, kernel: int = 3) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, kernel, bias=False), nn.ReLU()]
@@ -24,14 +26,14 @@ def conv_relu_norm_drop(
     inputs: int, outputs: int, dropout: float | None, kernel: int = 3
 ) -> list[nn.Module]:
     """The block of 001 and 002; `dropout=None` leaves the dropout layer out."""
-    drop = [] if dropout is None else [nn.Dropout(dropout)]
+    drop = [] if dropout is None else [Dropout(dropout)]
     return [*conv_relu_norm(inputs, outputs, kernel), *drop]
 
 
 def conv_norm_relu(inputs: int, outputs: int, dropout: float, kernel: int = 3) -> list[nn.Module]:
     """The block of `tiny_*`."""
     conv = nn.Conv2d(inputs, outputs, kernel, bias=False)
-    return [conv, nn.BatchNorm2d(outputs), nn.Dropout(dropout), nn.ReLU()]
+    return [conv, nn.BatchNorm2d(outputs), Dropout(dropout), nn.ReLU()]
 
 
 def average_and_flatten() -> list[nn.Module]:

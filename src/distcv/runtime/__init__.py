@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
+from distcv.environment import keep_memory
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
 from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.sync_bn import convert
@@ -56,6 +57,8 @@ class Runtime:
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+        else:
+            keep_memory()
 
     @property
     def nodes(self) -> int:
@@ -92,7 +95,7 @@ class Runtime:
         graph at its buckets (pytorch issue 139207).
         """
         network.to(self.device)
-        if self.device.type == "cuda" and self.strategy.keeps_memory_format:
+        if self.strategy.keeps_memory_format and self._channels_last_pays(network):
             network.to(memory_format=torch.channels_last)
         if self.sync_bn:
             convert(network, self.device)
@@ -105,6 +108,13 @@ class Runtime:
             prepared = self.accelerator.prepare(network, optimizer, *loaders)
         self.strategy.wrapped(prepared[0], prepared[1])
         return tuple(prepared)
+
+    def _channels_last_pays(self, network: nn.Module) -> bool:
+        """On a GPU always; on a CPU where all maps are wide: 1.14 for `resnet18`, 0.85 for `gap`
+        (ratio of images/s, two cores of an AMD EPYC, fp32).
+        """
+        widths = [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)]
+        return self.device.type == "cuda" or min(widths, default=0) >= 64
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Half precision where it is safe; weights, gradients and their exchange stay fp32."""

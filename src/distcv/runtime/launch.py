@@ -23,8 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distcv.config import InputError, Recipe
 from distcv.runtime.heartbeat import attempt
-from distcv.runtime.strategies import Fsdp2, WholeCopies
-from distcv.runtime.zero import Zero
+from distcv.runtime.strategies import WholeCopies
 
 PROCESS_TIMEOUT = timedelta(minutes=10)  # of one exchange
 
@@ -54,17 +53,19 @@ def choose_strategy(recipe: Recipe) -> WholeCopies:
     return WholeCopies(recipe)
 
 
-def _fsdp2(recipe: Recipe) -> Fsdp2:
+def _fsdp2(recipe: Recipe) -> WholeCopies:
     _need_launcher("FSDP")
     if os.environ.get("FSDP_VERSION") != "2":
         raise InputError(
             f"fsdp_version {os.environ.get('FSDP_VERSION', '1')} is not supported: set it to 2, as "
             "in launch/fsdp2.yaml"
         )
+    from distcv.runtime.fsdp import Fsdp2
+
     return Fsdp2(recipe)
 
 
-def _zero(recipe: Recipe) -> Zero:
+def _zero(recipe: Recipe) -> WholeCopies:
     _need_launcher("DeepSpeed")
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
@@ -94,6 +95,8 @@ def _zero(recipe: Recipe) -> Zero:
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if stage not in (1, 2, 3):
         raise InputError(f"zero_stage {stage} in the launch file is none of 1, 2 and 3")
+    from distcv.runtime.zero import Zero
+
     return Zero(recipe)
 
 
