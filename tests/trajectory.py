@@ -8,6 +8,7 @@ Arguments: a JSON object, then flags of distcv.train. Its keys: ``out`` (file to
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,26 @@ class NeverStop:
 
 
 class Seen:
-    """Stands before the augmentation and notes the samples of each part, over all processes."""
+    """Stands before the loader and notes the samples of each part."""
 
     def __init__(self, training: Training) -> None:
-        self.augment, self.runtime = training.augment, training.runtime
-        self.parts: list[str] = []
-        training.augment = self  # type: ignore[assignment]
+        self.loader, self.processes = training.train_loader, training.runtime.processes
+        self.ids: list[list[int]] = []
+        training.train_loader = self  # type: ignore[assignment]
 
-    def __call__(self, batch: Batch, epoch: int) -> Any:
-        shares = [batch.host_ids.tolist()]
-        if self.runtime.processes > 1:
-            shares = [None] * self.runtime.processes
-            dist.all_gather_object(shares, batch.host_ids.tolist())
-        ids = [index for share in shares for index in share]
-        self.parts.append(hashlib.sha256(str(ids).encode()).hexdigest()[:16])
-        return self.augment(batch, epoch)
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            self.ids.append(batch.host_ids.tolist())
+            yield batch
 
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        return self.augment.normalize(images)
+    def parts(self, count: int) -> list[str]:
+        """Sums of the first parts' samples, over all processes."""
+        shares: list[Any] = [self.ids[:count]]
+        if self.processes > 1:
+            shares = [None] * self.processes
+            dist.all_gather_object(shares, self.ids[:count])
+        parts = [[index for share in part for index in share] for part in zip(*shares, strict=True)]
+        return [hashlib.sha256(str(part).encode()).hexdigest()[:16] for part in parts]
 
 
 def train(training: Training, progress: Progress, end: int, saved: Any) -> list[float]:
@@ -104,12 +107,12 @@ def main() -> None:
             progress = restore(training, held)
             again = state_of(training, progress)
             differs = differing(held, again) if runtime.is_main else []
-        seen.parts.clear()
+        seen.ids.clear()
         losses = train(training, progress, order["steps"], order.get("save"))
         said[path] = {
             "differing": differs,
             "losses": losses,
-            "samples": list(seen.parts),
+            "samples": seen.parts(len(losses) * recipe.gradient_accumulation_steps),
         }
     evaluation = evaluate(training)
     assert evaluation is not None

@@ -1,8 +1,9 @@
 """The training loop and the evaluation. Nothing in a step waits for the device."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distcv.config import InputError
-from distcv.data.loading import PADDING
+from distcv.data.loading import PADDING, Batch
 from distcv.optim import lr_at
 from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
 from distcv.training import Progress, Training, averaged_weights
 
+AUGMENTED_AT_ONCE = 1024  # samples
 LOOK_SECONDS = 2.0  # at most about so long, or one step, between looks for a stop request
 
 
@@ -47,6 +49,25 @@ class Sums:
         return runtime.sum(both).tolist()
 
 
+def augmented_parts(training: Training, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs, targets and labels of each part of the batches, as the samplers deal them out.
+
+    About a thousand samples are augmented at once: the many small operations cost as much for a
+    hundred, on a CPU and on a GPU.
+    """
+    loader: Iterator[Batch] = iter(training.train_loader)
+    first = next(loader)
+    at_once = max(1, AUGMENTED_AT_ONCE // len(first.ids))
+    loader = itertools.chain([first], loader)
+    while held := list(itertools.islice(loader, at_once)):
+        joined = Batch(*map(torch.cat, zip(*held, strict=True)))
+        sizes = [len(part.ids) for part in held]
+        inputs, targets = training.augment(joined, epoch)
+        yield from zip(
+            *(torch.split(t, sizes) for t in (inputs, targets, joined.labels)), strict=True
+        )
+
+
 def train_epoch(
     training: Training,
     progress: Progress,
@@ -72,7 +93,7 @@ def train_epoch(
     window = Sums(runtime.device, progress.window_sums if runtime.is_main else [0.0] * 3)
     training.model.train()
     training.batches.seek(progress.step)
-    batches = iter(training.train_loader)
+    parts = augmented_parts(training, epoch)
     since, since_step = time.perf_counter(), progress.step
     before = progress.train_seconds, progress.seconds
 
@@ -90,10 +111,9 @@ def train_epoch(
         for group in training.optimizer.param_groups:
             group["lr"] = lr
         for part in range(recipe.gradient_accumulation_steps):
-            batch = next(batches)
+            inputs, targets, labels = next(parts)
             runtime.seed_step(progress.step, part)
             with runtime.accumulate(training.model):
-                inputs, targets = training.augment(batch, epoch)
                 with runtime.autocast():
                     logits = training.model(inputs).float()
                 loss_sum = F.cross_entropy(
@@ -102,9 +122,8 @@ def train_epoch(
                 runtime.backward(runtime.loss_share(loss_sum, recipe.batch_size))
                 if recipe.clip_norm and runtime.last_part:
                     runtime.clip(training.model, recipe.clip_norm)
-                training.optimizer.step()
-                training.optimizer.zero_grad()
-            window.add(loss_sum, logits, batch.labels)
+                runtime.step(training.optimizer)
+            window.add(loss_sum, logits, labels)
         if training.ema:
             training.ema.update(progress.step)
         progress.step += 1

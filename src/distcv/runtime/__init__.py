@@ -173,6 +173,19 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
+    def step(self, optimizer: Any) -> None:
+        """One optimizer step at the last part of a batch; clears the gradients.
+
+        Accelerate's wrapper scales losses and calls DeepSpeed. Where neither is needed it costs 3 %
+        of `gap`'s time, since it looks through the file system for optional packages.
+        """
+        if self._scaler or self.strategy.has_engine:
+            optimizer.step()
+            optimizer.zero_grad()
+        elif self.last_part:
+            self.strategy.optimizer.step()
+            self.strategy.optimizer.zero_grad()
+
     def clip(self, model: nn.Module, norm: float) -> None:
         """Scale the whole gradient down to this norm, if it is larger."""
         if not self.strategy.has_engine:
