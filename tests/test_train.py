@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ONE_THREAD, ROOT, TRAIN, Runs, launched
+from runs import ROOT, TRAIN, Runs, launched
 
 from distcv import checkpoint
 
@@ -342,16 +342,3 @@ def test_threads_of_a_launcher_are_not_taken_for_the_user_s(
         assert len(shown) == processes
         for chosen, cores in shown:
             assert chosen == (threads or str(max(1, int(cores) // processes)))
-
-
-@pytest.mark.slow
-def test_the_gpu_measurements_are_ready_to_run(tmp_path: Path, data_dir: Path) -> None:
-    out = tmp_path / "gpu.json"
-    folders = ["--out", str(out), "--runs-dir", str(tmp_path), "--data-dir", str(data_dir)]
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "tests/gpu.py"), "--small", "--seeds", "1", *folders],
-        capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = json.loads(out.read_text())
-    assert len(rows) == 6 and all(row["steps"] == 8 for row in rows)
