@@ -1,18 +1,20 @@
-"""What is measured of the loops: rates side by side, arithmetic, time by part, memory."""
+"""What is measured of the loops: rates side by side, arithmetic, time by part."""
 
 import contextlib
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from distcv.bench.loops import BareLoop, OwnLoop, synchronize
+from distcv.bench.clock import synchronize
+from distcv.bench.loops import OwnLoop
+from distcv.config import Recipe
+from distcv.models import build_model
 from distcv.runtime import Runtime
 
 PARTS = ("data", "augmentation", "forward", "backward", "optimizer")
@@ -26,9 +28,13 @@ class Loop(Protocol):
     def run(self, seconds: float) -> tuple[int, float]: ...
 
 
-def rates(loops: list[Loop], *, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Images/s of each loop in each repeat, the loops taking turns after a warm-up of each."""
-    for loop in loops:
+def rates(loops: Sequence[Loop], *, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Images/s of each loop in each repeat, the loops taking turns after a warm-up of each.
+
+    Each is warmed up twice: a large network's first steps are slow, and one may last longer than
+    the time that was asked for.
+    """
+    for loop in [*loops, *loops]:
         loop.run(seconds / 2)
     found: dict[str, list[float]] = {loop.name: [] for loop in loops}
     for _ in range(repeats):
@@ -43,28 +49,48 @@ def ratio(over: list[float], under: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
-def flops_per_image(bare: BareLoop) -> float:
-    """Floating-point operations of a training step for one image: two for each multiply-add of
-    convolutions and linear layers, forward and backward.
+def flops_per_image(recipe: Recipe, shape: tuple[int, ...], classes: int) -> float:
+    """Floating-point operations of a training step for one image (C, H, W): two for each
+    multiply-add of convolutions and linear layers, forward and backward.
+
+    They are counted on tensors without contents, so the strategy and the compiler change nothing.
     """
-    with FlopCounterMode(display=False) as counter:
-        bare.step()
-    return float(counter.get_total_flops()) / len(bare.inputs)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = build_model(recipe.model, channels=shape[0], classes=classes)
+        network(torch.empty(2, *shape)).sum().backward()  # BatchNorm needs more than one image
+    return float(counter.get_total_flops()) / 2
 
 
 def matmul_flops(runtime: Runtime, repeats: int = 9) -> float:
-    """Operations a second of a large square matmul in the run's precision, median."""
-    size = 1024 if runtime.device.type == "cpu" else 8192
+    """Operations a second of a large square matmul in the run's precision, median.
+
+    On a CPU the faster of two kernels for such a product: torch.mm is MKL's, which leaves half of
+    an AMD processor's vector width unused; a 1x1 convolution is oneDNN's. In fp32 on two cores of
+    an EPYC of family 26 they made 175 and 330 GFLOP/s; beside the first, resnet18 had an MFU of
+    188 %.
+    """
+    on_cpu = runtime.device.type == "cpu"
+    size = 2048 if on_cpu else 8192
     dtype = runtime.precision or torch.float32
     a, b = (torch.randn(size, size, device=runtime.device, dtype=dtype) for _ in range(2))
+    seconds = [_median_seconds(lambda: torch.mm(a, b), repeats)]
+    if on_cpu:
+        # As 32 images of 8x8 in channels_last: oneDNN takes no single image on one thread.
+        rows, weight = a.view(32, 8, 8, size).permute(0, 3, 1, 2), b.view(size, size, 1, 1)
+        seconds.append(_median_seconds(lambda: F.conv2d(rows, weight), repeats))
+    return 2 * size**3 / min(seconds)
+
+
+def _median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of something, after two times that don't count."""
     taken = []
     for _ in range(repeats + 2):
         synchronize()
         began = time.perf_counter()
-        torch.mm(a, b)
+        run()
         synchronize()
         taken.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(taken[2:])
+    return statistics.median(taken[2:])
 
 
 def parts(own: OwnLoop, seconds: float) -> dict[str, float]:
@@ -89,54 +115,52 @@ def parts(own: OwnLoop, seconds: float) -> dict[str, float]:
     return shares | {"other": 1 - sum(shares.values())}
 
 
+class _Named:
+    """Stands for an object and gives its calls a name in the profile.
+
+    The network isn't changed: torch.compile would compile it anew.
+    """
+
+    def __init__(self, name: str, inner: Any) -> None:
+        self.name, self.inner = name, inner
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with record_function(self.name):
+            return self.inner(*arguments, **options)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.inner, attribute)
+
+
+class _NamedBatches:
+    """Stands for a loader and gives its fetches a name in the profile."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            with record_function("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
 @contextlib.contextmanager
 def _named_parts(own: OwnLoop) -> Iterator[None]:
     """Give the parts of a step their names in the profile."""
-    training = own.training
-
-    def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def inside(*arguments: Any, **options: Any) -> Any:
-            with record_function(name):
-                return call(*arguments, **options)
-
-        return inside
-
-    class Batches:
-        def __iter__(self) -> Iterator[Any]:
-            batches = iter(before["train_loader"])
-            while True:
-                with record_function("data"):
-                    batch = next(batches, None)
-                if batch is None:
-                    return
-                yield batch
-
-    names = ("train_loader", "augment", "model", "optimizer")
-    before = {name: getattr(training, name) for name in names}
-    forward, backward, step = (
-        training.model.forward,
-        training.runtime.backward,
-        training.optimizer.step,
-    )
-    training.train_loader = Batches()  # type: ignore[assignment]
-    training.augment = named("augmentation", training.augment)  # type: ignore[assignment]
-    training.model.forward = named("forward", forward)
-    training.runtime.backward = named("backward", backward)  # type: ignore[method-assign]
-    training.optimizer.step = named("optimizer", step)  # type: ignore[method-assign]
+    training: Any = own.training
+    before = {name: getattr(training, name) for name in ("train_loader", "augment", "model")}
+    training.train_loader = _NamedBatches(training.train_loader)
+    training.augment = _Named("augmentation", training.augment)
+    training.model = _Named("forward", training.model)
+    training.runtime.backward = _Named("backward", training.runtime.backward)
+    training.runtime.step = _Named("optimizer", training.runtime.step)
     try:
         yield
     finally:
-        training.train_loader, training.augment = before["train_loader"], before["augment"]
-        del training.model.forward, training.runtime.backward, training.optimizer.step
-
-
-def peak_bytes(runtime: Runtime, run: Callable[[], object]) -> int:
-    """The most memory in use while something runs: on the GPU, or of this process so far."""
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(runtime.device)
-        run()
-        synchronize()
-        return torch.cuda.max_memory_allocated(runtime.device)
-    run()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        for name, value in before.items():
+            setattr(training, name, value)
+        del training.runtime.backward, training.runtime.step
