@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,8 @@ def test_every_command_of_the_readme_is_understood(
         (finished / "result.json").write_text(json.dumps(result))
     else:
         extra = ["--data-dir", str(ROOT / "data"), *(["--dry-run"] if "--watch" in flags else [])]
+        if module == "distcv.bench":
+            extra += ["--only-own", "--seconds", "0.1", "--repeats", "1"]
     for name in ("launch", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("sbatch", "sinfo"):  # a Slurm that agrees to anything
@@ -137,6 +140,67 @@ def test_figures_of_the_readme_come_from_the_result_files() -> None:
     for result in results:
         recipe = load_recipe("gap").model_copy(update={"seed": result["seed"]})
         assert result["config_sha256"] == recipe.sha256, "the recipe was changed: measure again"
+
+
+def bench_file(name: str) -> Any:
+    return json.loads((ROOT / f"results/bench/{name}.json").read_text())
+
+
+def images_per_second(name: str) -> float:
+    return statistics.median(bench_file(name)["images_per_second"]["distcv"])
+
+
+def row_of_loops(name: str) -> str:
+    """A row of the first table in docs/performance.md, made of its result file."""
+    found, rate = bench_file(name), images_per_second(name)
+    mfu = rate * found["flops_per_image"] / found["matmul_flops"]
+    cells = [
+        f"[{name}](../results/bench/{name}.json)",
+        f"{rate:,.0f}",
+        f"{found['ratio']['bare']:.3f}",
+        f"{found['ratio']['conventional']:.2f}",
+        f"{100 * mfu:.0f} %",
+        f"{found['memory']['ratio']:.2f}",
+        f"{found['seconds_to_first_step']:.1f} s",
+        str(len(found["images_per_second"]["distcv"])),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def row_of_changes(name: str, base: str) -> str:
+    """How a row of the table of changes begins: images/s, and their ratio to those without."""
+    rate = images_per_second(name)
+    return (
+        f"| [{name}](../results/bench/{name}.json) | {rate:,.0f} | "
+        f"{rate / images_per_second(base):.2f} |"
+    )
+
+
+def row_of_recipes(name: str) -> str:
+    """A row of the table of recipes: last epoch, mean and standard deviation over the seeds."""
+    rows = bench_file(name)["trainings"]
+
+    def spread(key: str, digits: int) -> str:
+        values = [row[key] for row in rows]
+        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+    cells = [f"[{name}](../results/bench/{name}.json)", spread("last_accuracy", 2) + " %"]
+    cells += [str(len(rows)), spread("last_seconds", 0), spread("wall_seconds", 0)]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_tables_of_the_page_on_speed_come_from_the_result_files() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    rows = re.findall(r"^(\| \[([\w/-]+)\].*)$", page, re.MULTILINE)
+    assert len(rows) > 5
+    for row, name in rows:
+        if name.startswith("changes/"):
+            assert row.startswith(row_of_changes(name, name.split("-")[0]))
+        elif name.startswith("recipes/"):
+            assert row.startswith(row_of_recipes(name))
+        else:
+            assert row == row_of_loops(name)
 
 
 def test_shell_scripts_are_sound() -> None:
