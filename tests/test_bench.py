@@ -54,7 +54,7 @@ def test_no_convolution_is_faster_than_the_matmul_that_it_is_compared_with(own: 
     images, weight = (t.contiguous(memory_format=torch.channels_last) for t in (images, weight))
     seconds = measure._median_seconds(lambda: F.conv2d(images, weight, padding=1), 9)
     done = 2 * 64 * 256 * 256 * 9 * 8 * 8 / seconds
-    assert done < 2 * measure.matmul_flops(own.training.runtime)
+    assert done < 1.6 * measure.matmul_flops(own.training.runtime)
 
 
 def test_a_ratio_is_that_of_neighbours() -> None:

@@ -41,13 +41,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"}
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_optimizer_state_goes_round_under_plain_names(name: str, tmp_path: Path) -> None:
+def test_optimizer_state_goes_round_under_plain_names(
+    name: str, memory_format: torch.memory_format, tmp_path: Path
+) -> None:
     recipe = Recipe(optimizer=name, lr=0.01)  # type: ignore[arg-type]
 
     def built() -> tuple[torch.nn.Module, torch.optim.Optimizer, WholeCopies]:
         torch.manual_seed(0)
-        model = build_model("gap", channels=1, classes=10)
+        model = build_model("gap", channels=1, classes=10).to(memory_format=memory_format)
         optimizer = OPTIMIZERS[name](model, recipe)
         strategy = WholeCopies(recipe)
         strategy.adopt(model, optimizer)

@@ -215,6 +215,13 @@ def test_half_precision_and_compilation_work_everywhere(
     assert other["losses"] == pytest.approx(one["losses"], rel=3e-2)
 
 
+@pytest.mark.slow
+def test_sgd_scales_its_loss_under_fsdp2(trajectories: Trajectories) -> None:
+    flags = [*PLAIN.split(), "--optimizer", "sgd", "--lr", "0.01", "--precision", "fp16"]
+    one, other = (trajectories.run(where, flags, steps=4) for where in ("single", "fsdp2 x2"))
+    assert other["start"]["losses"] == pytest.approx(one["start"]["losses"], rel=3e-2)
+
+
 def main_branches(tree: ast.AST) -> list[ast.AST]:
     """What is executed on the main process only."""
     found: list[ast.AST] = []

@@ -47,9 +47,9 @@ def set_thread_environment() -> None:
 def keep_memory() -> None:
     """Let GNU's malloc keep what a training step frees, so that the next finds it mapped.
 
-    By default large tensors are mapped, and cleared page by page, in every step. Ratio of images/s
-    with and without, two cores: `wide` 1.2, `resnet18` 1.2, `gap` 1.0 to 1.4 (docs/performance.md).
-    Does nothing where there is another malloc, or the user has chosen its settings.
+    By default large tensors are mapped, and cleared page by page, in every step; what that costs
+    is in docs/performance.md. Does nothing where there is another malloc, or the user has chosen
+    its settings.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     chosen = chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -18,7 +18,7 @@ from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
 from distcv.training import Progress, Training, averaged_weights
 
-AUGMENTED_AT_ONCE = 1024  # samples
+AUGMENTED_AT_ONCE, AUGMENTED_NUMBERS = 1024, 2**24  # samples, and numbers in all
 LOOK_SECONDS = 2.0  # at most about so long, or one step, between looks for a stop request
 
 
@@ -52,12 +52,13 @@ class Sums:
 def augmented_parts(training: Training, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs, targets and labels of each part of the batches, as the samplers deal them out.
 
-    About a thousand samples are augmented at once: the many small operations cost as much for a
-    hundred, on a CPU and on a GPU.
+    About a thousand samples are augmented at once, if they are small: the many small operations
+    cost as much for a hundred.
     """
     loader: Iterator[Batch] = iter(training.train_loader)
     first = next(loader)
-    at_once = max(1, AUGMENTED_AT_ONCE // len(first.ids))
+    samples = min(AUGMENTED_AT_ONCE, AUGMENTED_NUMBERS // first.images[0].numel())
+    at_once = max(1, samples // len(first.ids))
     loader = itertools.chain([first], loader)
     while held := list(itertools.islice(loader, at_once)):
         joined = Batch(*map(torch.cat, zip(*held, strict=True)))

@@ -84,7 +84,7 @@ def main() -> int:
     command = ["python", "-m", "distcv.bench", *shown_flags(sys.argv[1:])]
     record = {"command": command, "recipe": recipe.model_dump(mode="json")}
     record |= {**describe_environment(), **figures}
-    del record["host"]  # a result file is to be shown
+    del record["host"], record["system"]  # a result file is to be shown
     if file := arguments.json_file:
         _write("--json", file, lambda: file.write_text(json.dumps(record, indent=1) + "\n"))
     if picture := arguments.plot:

@@ -103,7 +103,9 @@ def parts(own: OwnLoop, seconds: float) -> dict[str, float]:
     if on_gpu:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     profile = torch.profiler.profile(activities=kinds)
-    with _named_parts(own), profile, record_function("whole"):
+    # On a GPU the backward pass has a thread of its own, whose kernels would be nobody's.
+    one_thread = torch.autograd.set_multithreading_enabled(False)
+    with one_thread, _named_parts(own), profile, record_function("whole"):
         own.run(seconds)
         synchronize()
     totals = dict.fromkeys((*PARTS, "whole"), 0.0)

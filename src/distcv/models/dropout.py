@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout, drawn six times as fast on a CPU: 16 random bits decide on each activation.
+    """torch's dropout with a faster draw on the CPU: 16 random bits decide on each activation.
 
-    torch draws the mask on a CPU one number after the other, 53 bits for each: half of a training
-    step of `gap`. The probability is rounded to a multiple of 2**-16. Elsewhere it is torch's own.
+    torch draws the mask there one number after the other, 53 bits for each, which takes as long as
+    the rest of `gap`. The probability is rounded to a multiple of 2**-16. On other devices it is
+    torch's own.
     """
 
     def forward(self, input: Tensor) -> Tensor:

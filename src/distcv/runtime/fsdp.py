@@ -33,6 +33,8 @@ class Fsdp2(WholeCopies):
         for group in self.optimizer.param_groups:
             if isinstance(self.optimizer, torch.optim.SGD):  # its fused kernel knows no DTensor
                 group["fused"], group["foreach"] = False, True
+                # Else the loss scaler of fp16 leaves its part to the fused kernel.
+                self.optimizer._step_supports_amp_scaling = False
 
     def pieces(self) -> Tensors:
         self.drop_gathered()
