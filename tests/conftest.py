@@ -8,13 +8,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import slurm_cluster
 
-from distcv.data import DATASETS
+from distcv.config import load_recipe
+from distcv.data import DATASETS, load_dataset
 from distcv.data.cache import load_arrays
 from distcv.data.readers import Arrays, idx_header
+
+if TYPE_CHECKING:
+    from distcv.bench.loops import OwnLoop
 
 DEAD = "http://127.0.0.1:9/"  # the discard port, where nobody listens
 
@@ -39,6 +44,16 @@ def mnist(data_dir: Path) -> Arrays:
 def cifar10(data_dir: Path) -> Arrays:
     """The real CIFAR-10, likewise."""
     return load_arrays(DATASETS["cifar10"], data_dir, print)
+
+
+@pytest.fixture(scope="module")
+def own(data_dir: Path, mnist: Arrays) -> "OwnLoop":
+    """distcv's own loop, of `gap`."""
+    from distcv.bench.loops import OwnLoop
+    from distcv.runtime import Runtime
+
+    recipe = load_recipe("gap")
+    return OwnLoop(recipe, load_dataset("mnist", data_dir, report=print), Runtime(recipe))
 
 
 @pytest.fixture(scope="session")

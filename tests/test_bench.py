@@ -16,15 +16,7 @@ from distcv.bench import Arguments, main, measure, plot, repeated
 from distcv.bench.loops import OwnLoop
 from distcv.bench.side_by_side import table
 from distcv.config import InputError, load_recipe
-from distcv.data import load_dataset
 from distcv.models import build_model
-from distcv.runtime import Runtime
-
-
-@pytest.fixture(scope="module")
-def own(data_dir: Path, mnist: object) -> OwnLoop:
-    recipe = load_recipe("gap")
-    return OwnLoop(recipe, load_dataset("mnist", data_dir, report=print), Runtime(recipe))
 
 
 def test_operations_are_counted_forward_and_backward() -> None:

@@ -17,15 +17,8 @@ from distcv.bench.loops import BareLoop, OwnLoop
 from distcv.bench.surroundings import shown_flags, users_environment
 from distcv.config import InputError, load_recipe
 from distcv.data import load_dataset
-from distcv.runtime import Runtime
 
 CPU, MNIST = torch.device("cpu"), (1, 28, 28)
-
-
-@pytest.fixture(scope="module")
-def own(data_dir: Path, mnist: object) -> OwnLoop:
-    recipe = load_recipe("gap")
-    return OwnLoop(recipe, load_dataset("mnist", data_dir, report=print), Runtime(recipe))
 
 
 def weights(loop: Any) -> torch.Tensor:

@@ -37,7 +37,7 @@ def set_thread_environment() -> None:
     without end 7,316 and 980; GNU's default is 300,000 turns (AMD EPYC, torch 2.15, n = 6).
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not _user_has_set("OMP_NUM_THREADS"):
+    if not user_has_set("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -60,7 +60,7 @@ def keep_memory() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def _user_has_set(name: str) -> bool:
+def user_has_set(name: str) -> bool:
     """Whether a variable is the user's, not one that a launcher gave to its processes.
 
     torchrun and accelerate set OMP_NUM_THREADS to 1; what they were started with themselves tells.

@@ -146,6 +146,14 @@ def differences(recipe: Recipe, runs: list[Run]) -> str:
     return ", ".join(words + ["…"] * (len(names) > FIELDS_SHOWN))
 
 
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation; the value of a single run, and a dash if there is none."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
 def report(runs: list[Run]) -> list[str]:
     """The lines of the table, of runs of one seed or of several commits, of unfinished runs."""
     rows: list[tuple[str, ...]] = [HEAD]
@@ -156,14 +164,13 @@ def report(runs: list[Run]) -> list[str]:
             continue
         recipe = group[0].recipe
         accuracy = [result["test_accuracy"] for result in results]
-        mean = f"{statistics.mean(accuracy):.2f}"
         rows.append(
             (
                 recipe.model,
                 recipe.dataset,
                 differences(recipe, runs),
                 str(len(results)),
-                f"{mean} ± {statistics.stdev(accuracy):.2f}" if len(results) > 1 else mean,
+                spread(accuracy),
                 f"{min(accuracy):.2f}",
                 f"{max(accuracy):.2f}",
                 f"{statistics.mean(result['seconds'] for result in results):.1f}",

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-LOG_EVERY = 20  # steps, as RunOptions has it
+from distcv.command_line import RunOptions
+
+LOG_EVERY = RunOptions().log_every  # steps
 
 
 def timed(

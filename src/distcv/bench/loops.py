@@ -79,8 +79,6 @@ class BareLoop:
         parts = range(recipe.gradient_accumulation_steps)
         self.parts = [training.augment(next(batches), 0) for _ in parts]
         wrapped = len(parts) > 1 or runtime.strategy.has_engine or recipe.precision == "fp16"
-        self.optimizer: Any = training.optimizer if wrapped else runtime.strategy.optimizer
-        self.update = runtime.step if wrapped else _update
         self.backward = runtime.backward if wrapped else torch.autograd.backward
         self.part: Callable[..., contextlib.AbstractContextManager[Any]] = (
             runtime.accumulate if wrapped else contextlib.nullcontext
@@ -88,9 +86,10 @@ class BareLoop:
 
     def step(self) -> None:
         """One optimizer step."""
-        for group in self.optimizer.param_groups:
+        model, optimizer = self.training.model, self.training.optimizer
+        recipe, runtime = self.recipe, self.runtime
+        for group in optimizer.param_groups:
             group["lr"] = 0.0
-        model, recipe, runtime = self.training.model, self.recipe, self.runtime
         for inputs, targets in self.parts:
             with self.part(model):
                 with runtime.autocast():
@@ -99,15 +98,10 @@ class BareLoop:
                     logits, targets, reduction="sum", label_smoothing=recipe.label_smoothing
                 )
                 self.backward(runtime.loss_share(loss_sum, recipe.batch_size))
-                self.update(self.optimizer)
+                runtime.step(optimizer)
 
     def run(self, seconds: float) -> tuple[int, float]:
         """Compute for about so long; images and seconds."""
         self.training.model.train()
         agree = self.runtime.from_main if self.runtime.processes > 1 else None
         return timed(self.step, seconds, self.recipe.batch_size, agree)
-
-
-def _update(optimizer: torch.optim.Optimizer) -> None:
-    optimizer.step()
-    optimizer.zero_grad()

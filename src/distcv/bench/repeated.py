@@ -13,6 +13,7 @@ from typing import Any
 
 from distcv.bench import Arguments
 from distcv.config import InputError, Recipe, resource_dir
+from distcv.results import spread
 
 
 def to_accuracy(
@@ -42,9 +43,9 @@ def to_accuracy(
     print()
     for name in names:
         found = [row["reached"][name] for row in rows if name in row["reached"]]
-        epochs, seconds = (_spread([each[key] for each in found]) for key in ("epoch", "seconds"))
+        epochs, seconds = (spread([each[key] for each in found]) for key in ("epoch", "seconds"))
         print(f"{name} % at an epoch's end: {len(found)} of {runs}, {epochs} epochs, {seconds} s")
-    last, wall = (_spread([row[key] for row in rows]) for key in ("last_accuracy", "wall_seconds"))
+    last, wall = (spread([row[key] for row in rows]) for key in ("last_accuracy", "wall_seconds"))
     print(
         f"last epoch: {last} %, no test-time augmentation; wall time with process start: {wall} s; "
         f"mean ± standard deviation, n = {runs}"
@@ -76,13 +77,6 @@ def _training(
         "wall_seconds": wall,
         "curve": [[row["seconds"], row["test_accuracy"]] for row in epochs],
     }
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def check_strategies(strategies: Sequence[str]) -> None:

@@ -5,9 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
-from distcv.environment import launched
+from distcv.environment import user_has_set
 
 
 def users_environment() -> dict[str, str]:
@@ -16,10 +14,8 @@ def users_environment() -> dict[str, str]:
     Accelerate gives its processes one thread each: that is taken out, unless it was the user's.
     """
     found = dict(os.environ)
-    if launched():
-        with contextlib.suppress(psutil.Error, OSError):
-            if "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ():
-                found.pop("OMP_NUM_THREADS", None)
+    if not user_has_set("OMP_NUM_THREADS"):
+        found.pop("OMP_NUM_THREADS", None)
     return found
 
 

@@ -30,11 +30,11 @@ class Fsdp2(WholeCopies):
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view", UserWarning)
 
     def wrapped(self, model: nn.Module, optimizer: Any) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(self.optimizer, torch.optim.SGD):  # its fused kernel knows no DTensor
+        if isinstance(self.optimizer, torch.optim.SGD):  # its fused kernel knows no DTensor
+            for group in self.optimizer.param_groups:
                 group["fused"], group["foreach"] = False, True
-                # Else the loss scaler of fp16 leaves its part to the fused kernel.
-                self.optimizer._step_supports_amp_scaling = False
+            # Else the loss scaler of fp16 leaves its part to the fused kernel.
+            self.optimizer._step_supports_amp_scaling = False
 
     def pieces(self) -> Tensors:
         self.drop_gathered()
@@ -71,7 +71,5 @@ class Fsdp2(WholeCopies):
         return value.full_tensor() if isinstance(value, DTensor) else value
 
     def _slot(self, p: Tensor, value: Tensor) -> Tensor:
-        if value.shape != p.shape:  # a counter
-            return value
         assert isinstance(p, DTensor)
         return self._split(p, value)

@@ -91,7 +91,8 @@ class WholeCopies:
         for key, value in tensors.items():
             name, slot = key.rsplit(":", 1)
             p = params[name]
-            state.setdefault(index_of[id(p)], {})[slot] = self._slot(p, value)
+            counter = value.shape != p.shape
+            state.setdefault(index_of[id(p)], {})[slot] = value if counter else self._slot(p, value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -99,7 +100,5 @@ class WholeCopies:
         return value
 
     def _slot(self, p: Tensor, value: Tensor) -> Tensor:
-        if value.shape != p.shape:  # a counter
-            return value
         # In the weight's memory format: fused kernels take both for the same row of numbers.
         return torch.empty_like(p, dtype=value.dtype).copy_(value)
