@@ -25,6 +25,7 @@ from runs import ROOT, launched
 
 from distcv.environment import describe_environment
 from distcv.models import MODELS
+from distcv.results import DETAILS
 
 # Flags over ResNet-18's recipe that are to reach a mean test accuracy in percent, and the most warm
 # seconds for it. They are guesses, after the recipes of cifar10-airbench (26 to 80 epochs).
@@ -153,7 +154,7 @@ def measure(steps: list[Step], out: Path, folders: list[str], budget: float) -> 
         row = {"failed": ["no time left"]}
         if left >= expected:
             row = run(step, folders, min(left, 30 + 2 * expected))
-        for key in {"recipe", "environment", "class_accuracy", "command", *environment}:
+        for key in {"recipe", "environment", "command", "class_accuracy", *DETAILS, *environment}:
             row.get("figures", {}).pop(key, None)
         rows[step.name] = {"command": commands[step.name], **row}
         print(f"{step.name:24}{row.get('wall_seconds', 0):8.1f} s  {_said(row)}", flush=True)

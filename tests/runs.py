@@ -85,5 +85,5 @@ class Runs:
         return {k: v["sha256"] for k, v in manifest.items() if k.endswith(".safetensors")}
 
     def untimed_rows(self, name: str) -> list[dict[str, Any]]:
-        timed = {"seconds", "images_per_second"}
+        timed = {"seconds", "images_per_second", "mfu", "memory_mib"}
         return [{k: v for k, v in row.items() if k not in timed} for row in self.rows(name)]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from runs import ONE_THREAD, ROOT, launched
 
+from distcv.arithmetic import flops_per_image, matmul_flops, median_seconds
 from distcv.bench import Arguments, main, measure, plot, repeated
 from distcv.bench.loops import OwnLoop
 from distcv.bench.side_by_side import table
@@ -25,7 +26,7 @@ def test_operations_are_counted_forward_and_backward() -> None:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         build_model("gap", channels=1, classes=10, dropout=0.0)(torch.empty(1, 1, 28, 28))
     forward = counter.get_total_flops()
-    found = measure.flops_per_image(load_recipe("gap"), (1, 28, 28), 10)
+    found = flops_per_image(load_recipe("gap"), (1, 28, 28), 10)
     assert 2.5 * forward < found < 3 * forward, "all but the gradient of the images"
 
 
@@ -44,9 +45,9 @@ def test_the_parts_make_up_the_whole_and_the_loop_is_as_before(own: OwnLoop) -> 
 def test_no_convolution_is_faster_than_the_matmul_that_it_is_compared_with(own: OwnLoop) -> None:
     images, weight = torch.randn(64, 256, 8, 8), torch.randn(256, 256, 3, 3)
     images, weight = (t.contiguous(memory_format=torch.channels_last) for t in (images, weight))
-    seconds = measure._median_seconds(lambda: F.conv2d(images, weight, padding=1), 9)
+    seconds = median_seconds(lambda: F.conv2d(images, weight, padding=1), 9)
     done = 2 * 64 * 256 * 256 * 9 * 8 * 8 / seconds
-    assert done < 1.6 * measure.matmul_flops(own.training.runtime)
+    assert done < 1.6 * matmul_flops(own.training.runtime)
 
 
 def test_a_ratio_is_that_of_neighbours() -> None:

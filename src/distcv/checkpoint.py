@@ -78,7 +78,12 @@ def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint whose files are known to be whole; tensors are on the CPU."""
     tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return Checkpoint(tensors, json.loads((path / "state.json").read_text()))
+    return Checkpoint(tensors, load_state(path))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state alone."""
+    return dict(json.loads((path / "state.json").read_text()))
 
 
 def damage(path: Path) -> str | None:

@@ -44,10 +44,13 @@ class RunOptions(Strict):
     )
     runs_dir: Path = Field(Path("runs"), description="Folder that holds the run folders.")
     data_dir: Path = Field(Path("data"), description="Folder in which data sets are kept.")
-    track: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+    track: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = Field(
         (), description="Trackers that follow the run, beside metrics.jsonl."
     )
     project: str = Field("distcv", description="Project name in the tracker.")
+    node_metrics: bool = Field(
+        False, description="Log the load of every node's processor, memory and GPUs."
+    )
     compile: bool = Field(False, description="Compile the network with torch.compile.")
     sync_bn: bool = Field(
         False, description="Take BatchNorm's statistics over the shares of all processes."
@@ -109,7 +112,8 @@ def parse_known_arguments(
     for arg in args:
         flag = arg.split("=", 1)[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            raise InputError(f"unknown flag {arg!r}: {nearest(flag, known)}")
+            shown = arg.split("=", 1)[0]  # its value may be a secret
+            raise InputError(f"unknown flag {shown!r}: {nearest(flag, known)}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 
@@ -151,6 +151,20 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return said.stdout.strip() or None
+
+
+def git_remote() -> str | None:
+    """Address of the working folder's git remote `origin`, without the user's name and password."""
+    try:
+        said = subprocess.run(
+            ["git", "remote", "get-url", "origin"], capture_output=True, text=True, timeout=10
+        )
+        parts = urlsplit(said.stdout.strip())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    if parts.scheme and parts.scheme != "file":
+        parts = parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1])
+    return urlunsplit(parts) or None
 
 
 def describe_environment() -> dict[str, Any]:

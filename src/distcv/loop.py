@@ -16,19 +16,28 @@ from distcv.data.loading import PADDING, Batch
 from distcv.optim import lr_at
 from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
+from distcv.runtime.device import memory
 from distcv.training import Progress, Training, averaged_weights
 
 AUGMENTED_AT_ONCE, AUGMENTED_NUMBERS = 1024, 2**24  # samples, and numbers in all
 LOOK_SECONDS = 2.0  # at most about so long, or one step, between looks for a stop request
+MISTAKES = 64  # wrong predictions that are kept of an evaluation
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Exact figures on the test set: mean loss, accuracy in percent, and that of each class."""
+    """Exact figures on the test set."""
 
     loss: float
+    """Mean over the samples."""
     accuracy: float
+    """In percent."""
     class_accuracy: list[float]
+    """In percent, class by class."""
+    confusion: list[list[int]]
+    """Samples by label (row) and prediction (column)."""
+    mistakes: list[dict[str, Any]]
+    """Wrong predictions, the most confident first: sample, label, predicted, confidence (0..1)."""
 
 
 class Sums:
@@ -111,6 +120,7 @@ def train_epoch(
         lr = lr_at(progress.step, recipe, training.steps_per_epoch, training.total_steps)
         for group in training.optimizer.param_groups:
             group["lr"] = lr
+        log_due = (progress.step + 1) % log_every == 0 or progress.step + 1 == end
         for part in range(recipe.gradient_accumulation_steps):
             inputs, targets, labels = next(parts)
             runtime.seed_step(progress.step, part)
@@ -121,8 +131,8 @@ def train_epoch(
                     logits, targets, reduction="sum", label_smoothing=recipe.label_smoothing
                 )
                 runtime.backward(runtime.loss_share(loss_sum, recipe.batch_size))
-                if recipe.clip_norm and runtime.last_part:
-                    runtime.clip(training.model, recipe.clip_norm)
+                if runtime.last_part and (recipe.clip_norm or log_due):
+                    runtime.clip(training.model, recipe.clip_norm or math.inf)
                 runtime.step(training.optimizer)
             window.add(loss_sum, logits, labels)
         if training.ema:
@@ -130,14 +140,15 @@ def train_epoch(
         progress.step += 1
         advance()
 
-        log_due = progress.step % log_every == 0 or progress.step == end
         save_due = checkpoint_every is not None and progress.step % checkpoint_every == 0
         stop_seen = runtime.processes == 1 and stop.signalled
         if not (log_due or save_due or stop_seen or progress.step >= look_at):
             continue
         # The main process says when the next look is due, by the time that steps took lately.
         due_in = max(1.0, LOOK_SECONDS / step_seconds) if runtime.is_main else 0.0
-        *sums, stops, due_in = window.read(runtime, float(stop.pending()), due_in)
+        nodes = runtime.node_metrics.share() if runtime.node_metrics else []
+        read = window.read(runtime, float(stop.pending()), due_in, *nodes)
+        sums, stops, due_in, nodes = read[:3], read[3], read[4], read[5:]
         elapsed = clock()
         step_seconds = max((elapsed - last_look) / (progress.step - looked_at), 1e-6)
         last_look, looked_at, look_at = elapsed, progress.step, progress.step + int(due_in)
@@ -148,7 +159,11 @@ def train_epoch(
             )
         if log_due:
             images = (progress.step - since_step) * recipe.batch_size
-            log(_train_row(training, progress, sums, lr, images / (elapsed - last_logged)))
+            rate = images / (elapsed - last_logged)
+            row = _train_row(training, progress, sums, lr, rate)
+            if runtime.node_metrics:
+                row["nodes"] = runtime.node_metrics.read(nodes)
+            log(row)
             last_logged, since_step = elapsed, progress.step
             progress.epoch_sums = [a + b for a, b in zip(progress.epoch_sums, sums, strict=True)]
             window = Sums(runtime.device, [0.0] * 3)
@@ -162,8 +177,13 @@ def train_epoch(
 
 
 def _train_row(
-    training: Training, progress: Progress, sums: list[float], lr: float, rate: float
+    training: Training,
+    progress: Progress,
+    sums: list[float],
+    lr: float,
+    rate: float,
 ) -> dict[str, Any]:
+    runtime = training.runtime
     loss, correct, samples = sums
     return {
         "event": "train",
@@ -171,7 +191,10 @@ def _train_row(
         "loss": loss / samples,
         "accuracy": 100 * correct / samples,
         "lr": lr,
+        "grad_norm": runtime.gradient_norm(),
         "images_per_second": rate,
+        "mfu": 100 * training.utilization(rate),
+        "memory_mib": memory(runtime.device) / 2**20,
         "seconds": progress.seconds,
     }
 
@@ -205,8 +228,11 @@ def evaluate(training: Training, stop: StopRequest | None = None) -> Evaluation 
     training.model.eval()
     loss_sum = torch.zeros((), device=runtime.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
+    # Confidence and prediction by sample; 0 where it is right, or another process's.
+    wrong = torch.zeros(2, len(training.test_labels), device=runtime.device)
     with averaged_weights(training), runtime.autocast():
         for batch in training.test_loader:
+            runtime.beat()
             asked = float(stop is not None and stop.pending())
             if runtime.device.type == "cpu" and runtime.sum(torch.tensor(asked)):
                 return None
@@ -214,14 +240,35 @@ def evaluate(training: Training, stop: StopRequest | None = None) -> Evaluation 
             logits = training.model(training.augment.normalize(batch.images)).float()
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             loss_sum += (losses * counted).sum()
-            confusion.scatter_add_(0, batch.labels * classes + logits.argmax(1), counted.long())
+            confidence, predicted = logits.softmax(1).amax(1).nan_to_num(), logits.argmax(1)
+            confusion.scatter_add_(0, batch.labels * classes + predicted, counted.long())
+            both = torch.stack([confidence, predicted]) * (counted & (predicted != batch.labels))
+            wrong.index_add_(1, batch.ids.clamp(min=0), both)
     runtime.sum(loss_sum)
+    runtime.sum(wrong)
     table = runtime.sum(confusion).view(classes, classes)  # row: label, column: prediction
     samples = int(table.sum())
-    assert samples == training.test_samples, f"{samples} of {training.test_samples} evaluated"
+    assert samples == len(training.test_labels), f"{samples} of the test set evaluated"
     right, of_class = table.diagonal(), table.sum(1).clamp(min=1)
     return Evaluation(
         loss=float(loss_sum) / samples,
         accuracy=100 * int(right.sum()) / samples,
         class_accuracy=[100 * share for share in (right / of_class).tolist()],
+        confusion=table.tolist(),
+        mistakes=_mistakes(wrong.cpu(), training.test_labels),
     )
+
+
+def _mistakes(wrong: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """The most confident ones of wrong predictions (2, N): their confidence, or 0, and class."""
+    confidence, samples = wrong[0].sort(descending=True, stable=True)
+    count = min(MISTAKES, int(confidence.count_nonzero()))
+    return [
+        {
+            "sample": sample,
+            "label": int(labels[sample]),
+            "predicted": int(wrong[1, sample]),
+            "confidence": sure,
+        }
+        for sample, sure in zip(samples[:count].tolist(), confidence[:count].tolist(), strict=True)
+    ]

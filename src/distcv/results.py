@@ -18,6 +18,7 @@ from pydantic import Field
 from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Recipe, Strict, load_recipe
 
+DETAILS = {"confusion", "mistakes"}  # of a result, which stay in the run folder
 FIELDS_SHOWN = 4  # of those in which recipes differ
 HEAD = ("model", "dataset", "recipe", "n", "test accuracy (%)", "min", "max", "seconds")
 
@@ -216,7 +217,7 @@ def _progress(run: Run) -> str:
 
 
 def write_results(path: Path, runs: list[Run]) -> None:
-    """Write the contents of all result.json as a list, by recipe and seed.
+    """Write the contents of all result.json, but for details, as a list by recipe and seed.
 
     Where there are several recipes for a model and its data, `recipe` says in what they differ.
 
@@ -226,7 +227,8 @@ def write_results(path: Path, runs: list[Run]) -> None:
     rows = []
     for run in (run for group in grouped(runs) for run in group if run.result is not None):
         differs = differences(run.recipe, runs)
-        rows.append({**(run.result or {}), **({"recipe": differs} if differs else {})})
+        figures = {k: v for k, v in (run.result or {}).items() if k not in DETAILS}
+        rows.append(figures | ({"recipe": differs} if differs else {}))
     # Tasks of a job array that end at the same time, on several nodes, write the same file.
     scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:

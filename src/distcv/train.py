@@ -3,6 +3,7 @@
 The same command under ``accelerate launch`` trains on as many processes as that starts.
 """
 
+import importlib.util
 import os
 import shutil
 import time
@@ -34,6 +35,9 @@ def main() -> int:
     if options.print_config:
         print(recipe.to_yaml(), end="")
         return 0
+    for package in options.track:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"--track {package}: pip install 'distcv[{package}]' first")
     set_thread_environment()
     return train(recipe, options)
 
@@ -53,6 +57,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
         compile=options.compile,
         sync_bn=options.sync_bn,
         hang_timeout=options.hang_timeout,
+        node_metrics=options.node_metrics,
     )
     with runtime.peers_named():
         code = run(recipe, options, runtime)
@@ -66,6 +71,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     from distcv.loop import share_statistics, train_epoch
     from distcv.preempt import STOP_FILE, STOPPED, StopRequest
     from distcv.run_folder import RunFolder
+    from distcv.samples import sample_picture
     from distcv.tracking import Console, Trackers
     from distcv.training import Progress, build, load_data, restore, snapshot
 
@@ -105,7 +111,15 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     if "seconds_lost" in start:
         console.say(f"restart {runtime.restarts}: {start['seconds_lost']:.1f} s lost")
     runtime.on_main(lambda: folder.cut_metrics(progress.step))
-    trackers = Trackers(runtime, folder, recipe, options, console)
+    trackers = Trackers(
+        runtime,
+        folder,
+        recipe,
+        options,
+        console,
+        commit=start["commit"],
+        samples=lambda: sample_picture(data, recipe),
+    )
     stop = StopRequest(folder.path)
 
     def log(row: dict[str, Any]) -> None:
@@ -137,16 +151,20 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
             epoch = progress.step // training.steps_per_epoch + 1
             done = progress.step % training.steps_per_epoch
             with console.epoch(epoch, done, training.steps_per_epoch):
-                stopped = not train_epoch(
-                    training,
-                    progress,
-                    log_every=options.log_every,
-                    log=log_training,
-                    advance=console.advance,
-                    checkpoint_every=options.checkpoint_every,
-                    save=save,
-                    stop=stop,
-                )
+                try:
+                    stopped = not train_epoch(
+                        training,
+                        progress,
+                        log_every=options.log_every,
+                        log=log_training,
+                        advance=console.advance,
+                        checkpoint_every=options.checkpoint_every,
+                        save=save,
+                        stop=stop,
+                    )
+                except InputError as error:
+                    trackers.fail(str(error))
+                    raise
         if not stopped:
             evaluation = timed_evaluation(training, progress, stop)
         if stopped or evaluation is None:
@@ -167,6 +185,12 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     evaluation = evaluation or timed_evaluation(training, progress)
     assert evaluation is not None
     result = make_result(training, data.info.classes, progress, evaluation, start)
+    if options.track and runtime.is_main:
+        shown = data.test_images[[one["sample"] for one in result["mistakes"]]]
+        last, best = (
+            folder.checkpoints / f"step-{step:08d}" for step in (progress.step, progress.best_step)
+        )
+        trackers.show_result(result, shown, last=last, best=best)
     trackers.close()  # before the run counts as finished, else a kill would leave it open there
     if runtime.is_main:
         folder.write_result(result)
@@ -252,6 +276,8 @@ def make_result(
         "best_test_accuracy": progress.best_accuracy,
         "best_epoch": progress.best_step / training.steps_per_epoch,
         "class_accuracy": dict(zip(class_names, evaluation.class_accuracy, strict=True)),
+        "confusion": evaluation.confusion,
+        "mistakes": evaluation.mistakes,
         "seconds": progress.seconds,
         "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
         "device": runtime.device_name,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from distcv.arithmetic import flops_per_image, matmul_flops
 from distcv.augment import Augmenter
 from distcv.checkpoint import Checkpoint
 from distcv.config import InputError, Recipe
-from distcv.data import DATASETS, ImageData, Report, load_dataset
+from distcv.data import DATASETS, ImageData, Report, Shape, load_dataset
 from distcv.data.loading import (
     Batch,
     EvaluationBatches,
@@ -57,9 +58,11 @@ class Training:
     batches: TrainingBatches
     train_loader: DataLoader[Batch]
     test_loader: DataLoader[Batch]
-    test_samples: int
+    test_labels: Tensor  # int64 (M,), on the host
     classes: int
     parameters: int  # of the whole network
+    flops_per_image: float  # of a training step
+    matmul_flops: float  # operations a second of a process
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,6 +72,11 @@ class Training:
     def total_steps(self) -> int:
         whole = self.recipe.epochs * self.steps_per_epoch
         return min(whole, self.recipe.max_steps or whole)
+
+    def utilization(self, images_per_second: float) -> float:
+        """Model FLOPs utilization: the share of what a large matmul reaches, over all processes."""
+        done = images_per_second * self.flops_per_image / self.runtime.processes
+        return done / self.matmul_flops
 
     def describe(self) -> list[str]:
         """What is trained, and what runs where, in words."""
@@ -107,9 +115,15 @@ class Training:
 
 
 def load_data(recipe: Recipe, data_dir: Path, report: Report) -> ImageData:
-    """The recipe's data set; a synthetic one has the shape that its network is made for."""
-    shape = DATASETS[MODELS[recipe.model].dataset].shape if recipe.dataset == "synthetic" else None
-    return load_dataset(recipe.dataset, data_dir, shape=shape, report=report)
+    """The recipe's data set."""
+    return load_dataset(recipe.dataset, data_dir, shape=image_shape(recipe), report=report)
+
+
+def image_shape(recipe: Recipe) -> Shape | None:
+    """Channels, height, width of synthetic images: those that the network is made for."""
+    if recipe.dataset != "synthetic":
+        return None
+    return DATASETS[MODELS[recipe.model].dataset].shape
 
 
 def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
@@ -160,9 +174,11 @@ def build(recipe: Recipe, data: ImageData, runtime: Runtime) -> Training:
         batches=batches,
         train_loader=train_loader,
         test_loader=test_loader,
-        test_samples=len(test_images),
+        test_labels=data.test_labels,
         classes=classes,
         parameters=parameters,
+        flops_per_image=flops_per_image(recipe, tuple(data.train_images.shape[1:]), classes),
+        matmul_flops=matmul_flops(runtime),
     )
 
 

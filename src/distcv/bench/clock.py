@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable
 
-import torch
-
 from distcv.command_line import RunOptions
+from distcv.runtime.device import synchronize
 
 LOG_EVERY = RunOptions().log_every  # steps
 
@@ -30,9 +29,3 @@ def timed(
         if over:
             synchronize()
             return steps * images, time.perf_counter() - began
-
-
-def synchronize() -> None:
-    """Wait for the device, if there is one beside the CPU."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

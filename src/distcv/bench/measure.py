@@ -2,20 +2,14 @@
 
 import contextlib
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.profiler import record_function
-from torch.utils.flop_counter import FlopCounterMode
 
-from distcv.bench.clock import synchronize
 from distcv.bench.loops import OwnLoop
-from distcv.config import Recipe
-from distcv.models import build_model
-from distcv.runtime import Runtime
+from distcv.runtime.device import synchronize
 
 PARTS = ("data", "augmentation", "forward", "backward", "optimizer")
 
@@ -47,50 +41,6 @@ def rates(loops: Sequence[Loop], *, repeats: int, seconds: float) -> dict[str, l
 def ratio(over: list[float], under: list[float]) -> float:
     """Median of the ratios of neighbours, which share whatever slowed the machine down."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
-
-
-def flops_per_image(recipe: Recipe, shape: tuple[int, ...], classes: int) -> float:
-    """Floating-point operations of a training step for one image (C, H, W): two for each
-    multiply-add of convolutions and linear layers, forward and backward.
-
-    They are counted on tensors without contents, so the strategy and the compiler change nothing.
-    """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = build_model(recipe.model, channels=shape[0], classes=classes)
-        network(torch.empty(2, *shape)).sum().backward()  # BatchNorm needs more than one image
-    return float(counter.get_total_flops()) / 2
-
-
-def matmul_flops(runtime: Runtime, repeats: int = 9) -> float:
-    """Operations a second of a large square matmul in the run's precision, median.
-
-    On a CPU the faster of two kernels for such a product: torch.mm is MKL's, which leaves half of
-    an AMD processor's vector width unused; a 1x1 convolution is oneDNN's. In fp32 on two cores of
-    an EPYC of family 26 they made 175 and 330 GFLOP/s; beside the first, resnet18 had an MFU of
-    188 %.
-    """
-    on_cpu = runtime.device.type == "cpu"
-    size = 2048 if on_cpu else 8192
-    dtype = runtime.precision or torch.float32
-    a, b = (torch.randn(size, size, device=runtime.device, dtype=dtype) for _ in range(2))
-    seconds = [_median_seconds(lambda: torch.mm(a, b), repeats)]
-    if on_cpu:
-        # As 32 images of 8x8 in channels_last: oneDNN takes no single image on one thread.
-        rows, weight = a.view(32, 8, 8, size).permute(0, 3, 1, 2), b.view(size, size, 1, 1)
-        seconds.append(_median_seconds(lambda: F.conv2d(rows, weight), repeats))
-    return 2 * size**3 / min(seconds)
-
-
-def _median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median time of something, after two times that don't count."""
-    taken = []
-    for _ in range(repeats + 2):
-        synchronize()
-        began = time.perf_counter()
-        run()
-        synchronize()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[2:])
 
 
 def parts(own: OwnLoop, seconds: float) -> dict[str, float]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distcv.bench.clock import synchronize
 from distcv.bench.loops import BareLoop, OwnLoop
+from distcv.runtime.device import synchronize
 from distcv.training import Training
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import psutil
 
+from distcv.arithmetic import matmul_flops
 from distcv.bench import Arguments, measure
-from distcv.bench.clock import synchronize
 from distcv.bench.conventional import ConventionalLoop
 from distcv.bench.loops import BareLoop, OwnLoop
 from distcv.bench.memory import memory
 from distcv.command_line import RunOptions
 from distcv.config import Recipe
 from distcv.runtime import Runtime
+from distcv.runtime.device import synchronize
 from distcv.training import load_data
 
 
@@ -43,8 +44,8 @@ def side_by_side(
         found = measure.rates(loops, repeats=arguments.repeats, seconds=arguments.seconds)
         figures |= _derived(found, recipe.batch_size)
         figures["memory"] = memory(own, bare)
-        figures["flops_per_image"] = measure.flops_per_image(recipe, shape, len(data.info.classes))
-        figures["matmul_flops"] = measure.matmul_flops(runtime)
+        figures["flops_per_image"] = own.training.flops_per_image
+        figures["matmul_flops"] = matmul_flops(runtime, repeats=9)
         if runtime.processes == 1:
             figures["parts"] = measure.parts(own, min(3.0, arguments.seconds))
         if runtime.is_main:

@@ -1,7 +1,9 @@
 """Processes, devices, precision: the only room that knows Accelerate and DeepSpeed."""
 
 import contextlib
+import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from distcv.counter_rng import hash_int
 from distcv.environment import keep_memory
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
 from distcv.runtime.launch import choose_strategy, start
+from distcv.runtime.nodes import NodeMetrics
 from distcv.runtime.sync_bn import convert
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +41,7 @@ class Runtime:
         compile: bool = False,
         sync_bn: bool = False,
         hang_timeout: float = 120.0,
+        node_metrics: bool = False,
     ) -> None:
         self.strategy = choose_strategy(recipe)
         self.accelerator = start(recipe, self.strategy)
@@ -49,10 +53,15 @@ class Runtime:
         if self.processes > 1:
             self.heartbeat = Heartbeat(own_store(), self.rank, self.processes, timeout=hang_timeout)
             self.heartbeat.start()
+        self.beaten = time.monotonic()
+        self.node_metrics = (
+            NodeMetrics(self.rank, self.processes, self.device) if node_metrics else None
+        )
         self.accumulation = recipe.gradient_accumulation_steps
         self.seed, self.has_dropout = recipe.seed, recipe.dropout > 0
         self.compile, self.sync_bn = compile, sync_bn and self.processes > 1
         self.precision = AUTOCAST[recipe.precision]
+        self.norm: Any = math.nan
         if recipe.precision == "fp16" and not self.strategy.has_engine:
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
@@ -70,10 +79,15 @@ class Runtime:
         """How often the launcher has started this group of processes anew after a failure."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-    def beat(self, step: int) -> None:
-        """Tell the peers which step this process is at."""
-        if self.heartbeat:
+    def beat(self, step: int | None = None) -> None:
+        """Note that this process gets on; tell the peers which step it is at."""
+        self.beaten = time.monotonic()
+        if self.heartbeat and step is not None:
             self.heartbeat.beat(step)
+
+    def idle_seconds(self) -> float:
+        """Seconds since the last :meth:`beat`; may be asked by another thread."""
+        return time.monotonic() - self.beaten
 
     @property
     def device_name(self) -> str:
@@ -187,9 +201,17 @@ class Runtime:
             self.strategy.optimizer.zero_grad()
 
     def clip(self, model: nn.Module, norm: float) -> None:
-        """Scale the whole gradient down to this norm, if it is larger."""
+        """Scale the whole gradient down to this norm, if it is larger; DeepSpeed does it itself."""
         if not self.strategy.has_engine:
-            self.accelerator.clip_grad_norm_(model.parameters(), norm)
+            self.norm = self.accelerator.clip_grad_norm_(model.parameters(), norm)
+
+    def gradient_norm(self) -> float | None:
+        """L2 norm of the whole gradient before it was clipped last; waits for the device.
+
+        None where it is not finite, as in a step that the loss scaler of fp16 leaves out.
+        """
+        norm = float(self.strategy.gradient_norm(self.norm))
+        return norm if math.isfinite(norm) else None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, the same on each; to be called by all of them."""

@@ -65,6 +65,9 @@ class Zero(WholeCopies):
         scaler: torch.amp.GradScaler | None = self.zero.torch_autocast_gradscaler
         return scaler
 
+    def gradient_norm(self, clipped: Any) -> Any:
+        return self.engine.get_global_grad_norm()
+
     def pieces(self) -> Tensors:
         if self.stage < 3:
             return super().pieces()
