@@ -173,7 +173,9 @@ def test_forty_steps_are_the_same_everywhere(
     assert other["samples"] == one["samples"]
     assert not other["differing"], "what was restored is not what was written"
     assert close(one["losses"], other["losses"])
+    assert other["norms"] == pytest.approx(one["norms"], rel=1e-3)
     assert close([one["test_loss"]], [other["test_loss"]])
+    assert len(one["mistakes"]) == 64 and set(one["mistakes"]) == set(other["mistakes"])
 
 
 @pytest.mark.slow

@@ -55,9 +55,9 @@ class Seen:
         return [hashlib.sha256(str(part).encode()).hexdigest()[:16] for part in parts]
 
 
-def train(training: Training, progress: Progress, end: int, saved: Any) -> list[float]:
+def train(training: Training, progress: Progress, end: int, saved: Any) -> list[dict[str, Any]]:
     """Losses of the steps up to ``end``; a checkpoint is left where ``saved`` says, if it does."""
-    losses: list[float] = []
+    rows: list[dict[str, Any]] = []
     at, folder = saved or (None, None)
     training.recipe = training.recipe.model_copy(update={"max_steps": end})
 
@@ -67,10 +67,10 @@ def train(training: Training, progress: Progress, end: int, saved: Any) -> list[
             checkpoint.save(Path(folder), progress.step, held)
 
     train_epoch(
-        training, progress, log_every=1, log=lambda row: losses.append(row["loss"]),
+        training, progress, log_every=1, log=rows.append,
         advance=lambda: None, checkpoint_every=at, save=save, stop=NeverStop(),
     )  # fmt: skip
-    return losses
+    return rows
 
 
 def state_of(training: Training, progress: Progress) -> checkpoint.Checkpoint:
@@ -108,15 +108,17 @@ def main() -> None:
             again = state_of(training, progress)
             differs = differing(held, again) if runtime.is_main else []
         seen.ids.clear()
-        losses = train(training, progress, order["steps"], order.get("save"))
+        rows = train(training, progress, order["steps"], order.get("save"))
         said[path] = {
             "differing": differs,
-            "losses": losses,
-            "samples": seen.parts(len(losses) * recipe.gradient_accumulation_steps),
+            "losses": [row["loss"] for row in rows],
+            "norms": [row["grad_norm"] for row in rows],
+            "samples": seen.parts(len(rows) * recipe.gradient_accumulation_steps),
         }
     evaluation = evaluate(training)
     assert evaluation is not None
     said[path]["test_loss"] = evaluation.loss
+    said[path]["mistakes"] = [mistake["sample"] for mistake in evaluation.mistakes]
     if runtime.is_main:
         Path(order["out"]).write_text(json.dumps(said))
     runtime.close()

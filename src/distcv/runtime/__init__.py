@@ -253,9 +253,9 @@ class Runtime:
         """The tracker's own run object on the main process, a blank object elsewhere."""
         return self.accelerator.get_tracker(name, unwrap=True)
 
-    def track(self, values: dict[str, float], step: int) -> None:
-        """Send values to all trackers that were started."""
-        self.accelerator.log(values, step=step)
+    def track(self, name: str, values: dict[str, float], step: int) -> None:
+        """Send values to a tracker that was started."""
+        self.accelerator.get_tracker(name).log(values, step=step)
 
     def wait(self) -> None:
         """Wait for all processes."""

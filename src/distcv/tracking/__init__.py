@@ -11,7 +11,7 @@ from distcv.config import Recipe
 from distcv.preempt import STOPPED
 from distcv.run_folder import RunFolder
 from distcv.runtime import Runtime
-from distcv.tracking import wandb_run
+from distcv.tracking import trackio_run, wandb_run
 from distcv.tracking.console import Console
 from distcv.tracking.stall import StallWatch
 
@@ -42,9 +42,10 @@ class Trackers:
         self.runtime, self.folder, self.console = runtime, folder, console
         self.recipe, self.options = recipe, options
         self.commit, self.samples = commit, samples
-        self.first_step = 0  # W&B has the rows of the steps before it
-        self.held: dict[str, Any] = {}
-        self.media: dict[str, Any] = {}  # what only W&B takes, for the next row
+        # By tracker, the first step whose row it lacks: after a kill not that of the checkpoint.
+        self.first_steps: dict[str, int] = {}
+        self.held: dict[str, Any] = {}  # of a row that waits for another one of its step
+        self.held_for_wandb: dict[str, Any] = {}  # a picture, for its first row
         self.stall: StallWatch | None = None
         # W&B first: only it can fail to start
         self.names = sorted(options.track, reverse=True) if runtime.is_main else []
@@ -57,62 +58,86 @@ class Trackers:
         return self.runtime.tracker("wandb") if "wandb" in self.names else None
 
     def _open(self) -> None:
-        """Start the trackers; send W&B what it lacks of the rows so far."""
-        init: dict[str, dict[str, Any]] = {}
+        """Start the trackers; send them what they lack of the rows so far."""
+        rows: list[dict[str, Any]] = []
+        if self.folder.metrics.exists():  # not the first start
+            rows = [json.loads(row) for row in self.folder.metrics.read_text().splitlines()]
+        events = self.folder.path / "tensorboard"
+        options: dict[str, dict[str, Any]] = {}
+        group = f"{self.recipe.model}-{self.recipe.model_copy(update={'seed': 0}).sha256[:8]}"
+        config = self.recipe.model_dump(mode="json") | {"commit": self.commit}
         if "wandb" in self.names:
-            init["wandb"] = wandb_run.settings(self.folder, self.recipe, self.options, self.commit)
+            options["wandb"] = wandb_run.settings(self.folder, self.recipe, config, group)
         if "trackio" in self.names:
-            init["trackio"] = _trackio_settings(self.folder, self.recipe)
-        place = self.options.project, self.folder.path / "tensorboard"
+            options["trackio"] = trackio_run.settings(self.folder, config, group)
+        if "tensorboard" in self.names:
+            seen = rows[-1]["step"] + 1 if rows and events.exists() else 0
+            first = self.first_steps.setdefault("tensorboard", seen)
+            options["tensorboard"] = {"purge_step": first}  # rows that will be there again
         try:
-            self.runtime.start_trackers(self.names, *place, init)
+            self._start(events, options)
         except Exception as error:  # a dead server must not end a training
-            if "wandb" not in init:
+            if "wandb" not in options:
                 raise
             self.console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
             wandb_run.forget_service()
-            init["wandb"]["mode"] = "offline"
-            self.runtime.start_trackers(self.names, *place, init)
-        rows = []
-        if self.folder.metrics.exists():  # not the first start
-            rows = [json.loads(row) for row in self.folder.metrics.read_text().splitlines()]
-        picture = self.samples() if self.samples and not rows else None
+            options["wandb"]["mode"] = "offline"
+            self._start(events, options)
         if run := self.wandb:
             run.define_metric("epoch")
             run.define_metric("val/*", step_metric="epoch")
-            self.held, self.media = {}, {}
-            if rows:
-                self.first_step = wandb_run.first_missing_step(run, self.folder)
-            if self.first_step == 0 and self.samples:
-                picture = self.samples() if picture is None else picture
-                self.media = {"samples": wandb_run.image(picture)}
-            for row in rows:
-                self._send(row, run.log)
+            missing = wandb_run.first_missing_step(run, self.folder) if rows else 0
+            self.first_steps["wandb"] = missing
+        if "trackio" in self.names:
+            missing = trackio_run.first_missing_step(self.options.project, self.folder)
+            self.first_steps.setdefault("trackio", missing)
         if "tensorboard" in self.names:
-            writer = self.runtime.tracker("tensorboard")
-            writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", 0)
-            if picture is not None:
-                writer.add_image("samples", picture, 0)
+            text = f"```yaml\n{self.recipe.to_yaml()}```"
+            self.runtime.tracker("tensorboard").add_text("recipe", text, 0)
+        self._show_samples()
+        self.held = {}
+        for row in rows:
+            self._send(row)
+
+    def _start(self, events: Path, options: dict[str, dict[str, Any]]) -> None:
+        with trackio_run.quiet():
+            self.runtime.start_trackers(self.names, self.options.project, events, options)
+
+    def _show_samples(self) -> None:
+        """A picture of samples, for those that have no row yet."""
+        new = [name for name in self.names if self.first_steps[name] == 0]
+        if not new or self.samples is None:
+            return
+        picture = self.samples()
+        if "wandb" in new:
+            self.held_for_wandb = {"samples": wandb_run.image(picture)}
+        if "tensorboard" in new:
+            self.runtime.tracker("tensorboard").add_image("samples", picture, 0)
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics.jsonl, unless it was sent before the run was killed."""
-        self._attempt(lambda: self._send(row, self.runtime.track))
+        self._attempt(lambda: self._send(row))
         if self.stall is None and self.wandb:  # from now on: a first step may compile for minutes
             limit = self.options.hang_timeout / 2  # in time, before the processes give up
             self.stall = StallWatch(self.runtime.idle_seconds, limit, self._stalled)
 
-    def _send(self, row: dict[str, Any], send: Callable[..., None]) -> None:
-        if row["step"] < self.first_step:
+    def _send(self, row: dict[str, Any]) -> None:
+        if row["step"] < min(self.first_steps.values()):
             return
         self.held |= _tracked(row)
         # W&B takes one row a step: that of an epoch's last step waits for the evaluation, before
         # which the run may be stopped.
         last = row["epoch"] % 1 == 0 or row["step"] == self.recipe.max_steps
-        if row["event"] == "epoch" or not last:
-            if self.media:
-                self.wandb.log(self.media, step=row["step"])
-            send(self.held, step=row["step"])
-            self.first_step, self.held, self.media = row["step"] + 1, {}, {}
+        if row["event"] != "epoch" and last:
+            return
+        for name in self.names:
+            if row["step"] >= self.first_steps[name]:
+                if name == "wandb" and self.held_for_wandb:
+                    self.wandb.log(self.held_for_wandb, step=row["step"])
+                    self.held_for_wandb = {}
+                self.runtime.track(name, self.held, row["step"])
+                self.first_steps[name] = row["step"] + 1
+        self.held = {}
 
     def show_result(self, result: dict[str, Any], pictures: Any, *, last: Path, best: Path) -> None:
         """Charts, tables, the model, and an alert that the run is finished.
@@ -152,7 +177,7 @@ class Trackers:
             if stopped and (run := self.wandb):
                 run.mark_preempting()
                 run.finish(exit_code=STOPPED)
-            self.runtime.end_trackers()
+            self._end()
 
         self._close_watch()
         self._attempt(finish)
@@ -164,10 +189,16 @@ class Trackers:
             if run := self.wandb:
                 run.alert("diverged", f"{self.folder.path.name}: {problem}", level="ERROR")
                 run.finish(exit_code=2)
-            self.runtime.end_trackers()
+            self._end()
 
         self._close_watch()
         self._attempt(finish)
+
+    def _end(self) -> None:
+        with trackio_run.quiet():
+            self.runtime.end_trackers()
+            if "trackio" in self.names:
+                trackio_run.finish()
 
     def _close_watch(self) -> None:
         if self.stall:
@@ -201,15 +232,6 @@ class Trackers:
             self.console.say(
                 f"trackers are given up ({type(error).__name__}): metrics.jsonl goes on without"
             )
-
-
-def _trackio_settings(folder: RunFolder, recipe: Recipe) -> dict[str, Any]:
-    """Arguments of ``trackio.init``."""
-    return {
-        "name": folder.path.name,
-        "resume": "allow",
-        "config": recipe.model_dump(mode="json"),
-    }
 
 
 def _tracked(row: dict[str, Any]) -> dict[str, float]:

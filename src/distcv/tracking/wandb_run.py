@@ -13,7 +13,6 @@ from urllib.error import HTTPError
 
 import numpy as np
 
-from distcv.command_line import RunOptions
 from distcv.config import Recipe
 from distcv.environment import git_remote, wandb_key, wandb_server
 from distcv.run_folder import RunFolder
@@ -24,7 +23,7 @@ UPLOAD_SECONDS = 600
 
 
 def settings(
-    folder: RunFolder, recipe: Recipe, options: RunOptions, commit: str | None
+    folder: RunFolder, recipe: Recipe, config: dict[str, Any], group: str
 ) -> dict[str, Any]:
     """Arguments of ``wandb.init``: online if a key is set, else offline, and never a question."""
     import wandb
@@ -38,8 +37,8 @@ def settings(
         "resume": "allow",
         "reinit": "create_new",
         "dir": root,
-        "config": recipe.model_dump(mode="json") | {"commit": commit},
-        "group": f"{recipe.model}-{recipe.model_copy(update={'seed': 0}).sha256[:8]}",
+        "config": config,
+        "group": group,
         "job_type": "train",
         "tags": [recipe.model, recipe.dataset],
         "mode": mode,
