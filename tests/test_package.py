@@ -36,7 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("configs", "launch", "slurm"):
-        files = {f"distcv/{folder}/{path.name}" for path in (ROOT / folder).iterdir()}
+        paths = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
+        files = {f"distcv/{path.relative_to(ROOT)}" for path in paths}
         assert files and files <= inside
     assert "distcv/train.py" in inside
     (entries,) = (name for name in inside if name.endswith("entry_points.txt"))
