@@ -248,6 +248,23 @@ def find_dataset(name: str) -> DatasetInfo:
     raise InputError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}")
 
 
+def dataset_info(name: str, shape: Shape | None = None) -> DatasetInfo:
+    """The row of a data set; for synthetic images, of this (C, H, W).
+
+    Raises:
+        InputError: unknown name, or a shape that the data set doesn't have.
+    """
+    info = find_dataset(name)
+    if shape is None or tuple(shape) == info.shape:
+        return info
+    if info.format != "none":
+        raise InputError(f"shape {shape}: {name} has {info.shape}; only synthetic has a choice")
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"shape {shape}: give channels, height and width, each at least 1")
+    channels = shape[0]
+    return replace(info, shape=shape, mean=info.mean[:1] * channels, std=info.std[:1] * channels)
+
+
 def load_dataset(
     name: str, data_dir: Path | str, *, shape: Shape | None = None, report: Report = print
 ) -> ImageData:
@@ -267,21 +284,12 @@ def load_dataset(
         InputError: unknown name, wrong shape, no source delivers the data (the message lists what
             was tried), or the folder cannot be written.
     """
-    info = find_dataset(name)
+    info = dataset_info(name, shape)
     if info.format == "none":
-        if shape is not None:
-            if len(shape) != 3 or min(shape) < 1:
-                raise InputError(f"shape {shape}: give channels, height and width, each at least 1")
-            channels = shape[0]
-            info = replace(
-                info, shape=shape, mean=info.mean[:1] * channels, std=info.std[:1] * channels
-            )
         from distcv.data.synthetic import make_arrays
 
         arrays = make_arrays(info)
     else:
-        if shape is not None and tuple(shape) != info.shape:
-            raise InputError(f"shape {shape}: {name} has {info.shape}; only synthetic has a choice")
         from distcv.data.cache import load_arrays
 
         arrays = load_arrays(info, Path(data_dir), report)

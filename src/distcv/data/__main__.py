@@ -11,11 +11,7 @@ from distcv.data import find_dataset, load_dataset
 from distcv.environment import set_thread_environment
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from distcv.data import ImageData
-
-COLUMNS = 10  # samples in a row of the picture
 
 
 class Arguments(Strict):
@@ -59,29 +55,17 @@ def _recipe_for(dataset: str) -> Recipe:
 
 
 def _write_picture(path: Path, data: "ImageData", recipe: Recipe, rows: int) -> None:
-    """A grid: the first training sample of each of the first classes, raw, then augmented."""
-    import torch
-    from torchvision.utils import save_image
+    from torchvision.io import encode_png
 
-    from distcv.augment import Augmenter
-    from distcv.data.loading import ResidentImages
+    from distcv.samples import sample_picture
 
-    images = ResidentImages(data.train_images, data.train_labels, torch.device("cpu"))
-    shown = range(min(COLUMNS, len(data.info.classes)))
-    ids = torch.tensor([int((data.train_labels == k).nonzero()[0]) for k in shown])
-    batch = images.__getitems__(ids)
-    augment = Augmenter(recipe, images, data.info)
-
-    def visible(inputs: "Tensor") -> "Tensor":
-        return ((inputs / augment.normalize.inverse + augment.normalize.mean) / 255).clamp(0, 1)
-
-    drawn = [augment(batch, epoch)[0] for epoch in range(rows)]
-    grid = torch.cat([batch.images / 255, *map(visible, drawn)])
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--show {path}: give the name of a .png file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(grid, path, nrow=len(shown), padding=2, pad_value=0.5)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--show {path}: {error}: give the name of a .png file") from None
+        path.write_bytes(encode_png(sample_picture(data, recipe, rows)).numpy().tobytes())
+    except OSError as error:
+        raise InputError(f"--show {path}: {error.strerror}: give the name of a .png file") from None
 
 
 def command() -> None:
