@@ -37,7 +37,9 @@ class TrainedNetwork:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, K) of raw images (N, C, H, W), uint8 or floats from 0 to 255."""
-        logits: Tensor = self.network(self.normalize(images.to(self.device)))
+        # A copy: normalizing works in place.
+        pixels = images.to(self.device, torch.float32, copy=True)
+        logits: Tensor = self.network(self.normalize(pixels))
         return logits
 
 

@@ -44,7 +44,7 @@ def finish() -> None:
     """Write what is left; Accelerate's own way would do it a second time at exit."""
     import trackio
 
-    trackio.finish()
+    trackio.finish()  # type: ignore[no-untyped-call]
 
 
 def quiet() -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,71 @@
+"""W&B is told when a training diverges and when it hangs."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import Runs, launched
+from wandb_runs import run_of, wandb_runs, wandb_server
+from wandb_server import WandbServer
+
+FLAGS = ["--model", "gap", "--log-every", "5", "--track", "wandb"]
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with wandb_server() as server:
+        yield server
+
+
+@pytest.fixture
+def runs(
+    tmp_path: Path,
+    data_dir: Path,
+    mnist: object,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Runs]:
+    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
+        yield runs
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_told_and_the_run_has_failed(
+    runs: Runs, server: WandbServer
+) -> None:
+    flags = ["--model", "lighter", "--lr", "1e9", "--warmup", "0", "--schedule", "constant"]
+    said = runs.run("r", *FLAGS, *flags, expect=2)
+    assert "the loss is" in said
+    run = run_of(runs, "r", server)
+    [(title, text, level)] = run.alerts
+    assert (title, level) == ("diverged", "ERROR") and "the loss is" in text
+    assert run.state == "failed"
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_told_before_the_others_give_up(
+    runs: Runs, server: WandbServer
+) -> None:
+    command = [*launched(2), "-m", "distcv.train"]
+    flags = [*FLAGS, "--hang-timeout", "10", "--max-steps", "3000"]
+    launcher = runs.start("r", *flags, command=command)
+    runs.wait_for_step("r", 10, launcher)
+    ranks = {
+        int(process.environ()["RANK"]): process
+        for process in psutil.Process(launcher.pid).children(recursive=True)
+        if "RANK" in process.environ() and "distcv.train" in process.cmdline()
+    }
+    ranks[1].send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while not run_of(runs, "r", server).alerts and time.monotonic() < deadline:
+        time.sleep(0.1)
+    [(title, text, level)] = run_of(runs, "r", server).alerts
+    assert (title, level) == ("stalled", "WARN") and "no step for 5 s" in text
+    assert launcher.poll() is None, "told too late"
+    ranks[0].wait(timeout=60)
+    ranks[1].kill()  # else the launcher waits for it for half a minute
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and "no sign of life" in out + err
