@@ -92,14 +92,6 @@ def test_the_picture_of_accuracies_shows_each_seed_and_target(tmp_path: Path) ->
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_a_plot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
-    with pytest.raises(
-        InputError, match=r"^--plot needs matplotlib: pip install 'distcv\[plot\]'$"
-    ):
-        plot.check_plot(Path("a.png"))
-
-
 def test_a_machine_that_slows_down_changes_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
     rates, order = iter([104.0, 103.0, 102.0, 101.0]), []
 

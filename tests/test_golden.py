@@ -44,8 +44,8 @@ CURVES = {
         "--model resnet18 --batch-size 16 --epochs 1 --lr 0.01", 6, 1.5e-4
     ),  # 2e-5; 7e-5
     "tiny_v1": Curve(
-        "--model tiny_v1 --epochs 10 --warmup 0.2 --translate 2 --lr 0.01 --flip random --rotate 10 "
-        "--scale 0.1 --shear 5 --cutout 6 --mixup 0.2 --ema-decay 0.9",
+        "--model tiny_v1 --epochs 10 --warmup 0.2 --translate 2 --lr 0.01 --flip random "
+        "--rotate 10 --scale 0.1 --shear 5 --cutout 6 --mixup 0.2 --ema-decay 0.9",
         40,
         5e-5,
     ),  # 5e-6; 8e-4

@@ -14,7 +14,7 @@ FLOORS = {
     "__init__": 0, "config": 0, "command_line": 0, "environment": 0,
     "intervals": 0,
     "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "trivial_augment": 1, "optim": 1,
-    "samples": 1,
+    "samples": 1, "wandb_log": 1,
     "runtime": 2,
     "arithmetic": 3,
     "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
@@ -74,7 +74,22 @@ def test_a_room_from_above_would_be_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "command_line", "environment", "models", "data", "train", "summary"]
+    "module",
+    [
+        "config",
+        "command_line",
+        "environment",
+        "models",
+        "data",
+        "train",
+        "summary",
+        "report",
+        "compare",
+        "predict",
+        "export",
+        "sync",
+        "dashboard",
+    ],
 )
 def test_what_is_read_before_the_work_does_not_load_torch(module: str) -> None:
     code = f"import sys, distcv.{module}; sys.exit('torch' in sys.modules)"

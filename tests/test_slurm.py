@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, Runs
 from slurm_cluster import Cluster
-from test_wandb import rows_on_disk, rows_on_server, sync
+from wandb_runs import rows_on_disk, rows_on_server, sync
 from wandb_server import ENTITY, WandbServer
 
 pytestmark = pytest.mark.slow

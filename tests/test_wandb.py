@@ -1,20 +1,19 @@
 """W&B runs survive every restart: real trainings against a server on the loopback."""
 
 import base64
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-from runs import ONE_THREAD, ROOT, Runs
-from wandb_server import ENTITY, KEY, Run, WandbServer, config_in
+from runs import ROOT, Runs
+from wandb_runs import check_whole, kill, run_of, wandb_runs, wandb_server, wandb_sync
+from wandb_server import KEY, WandbServer
+from wandb_store import ENTITY
 
 TRAINING = ["--model", "gap", "--max-steps", "80", "--track", "wandb"]
 SHORT = [*TRAINING, "--log-every", "5"]
@@ -23,10 +22,8 @@ MODES = pytest.mark.parametrize("mode", ["online", "offline"])
 
 @pytest.fixture
 def server() -> Iterator[WandbServer]:
-    server = WandbServer()
-    yield server
-    server.close()
-    assert server.unknown == set(), "the client asked for more than the server has"
+    with wandb_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -37,72 +34,8 @@ def runs(
     server: WandbServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Runs]:
-    """Starts trainings which have that server's key; what they log, they send within a second."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    own = {"HOME": str(tmp_path / "home"), "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
-    for name, value in (server.environment | own | ONE_THREAD).items():
-        monkeypatch.setenv(name, value)
-    yield Runs(tmp_path / "runs", data_dir.resolve())
-    for left in psutil.Process().children():  # by a test that failed
-        if str(tmp_path / "runs") in left.cmdline():
-            left.kill()
-
-
-def sync(runs: Runs, name: str) -> None:
-    """Send the logs of a run's offline starts, as a user does."""
-    folders = map(str, sorted(runs.folder.glob(f"{name}/wandb/offline-run-*")))
-    command = [sys.executable, "-m", "wandb", "sync", *folders]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-
-
-def run_of(runs: Runs, name: str, server: WandbServer) -> Run:
-    """The only run that the server has, which must be this one."""
-    [run] = server.runs.values()
-    assert run.id == json.loads((runs.folder / name / "tracker.json").read_text())["id"]
-    return run
-
-
-def rows_on_disk(runs: Runs, name: str) -> list[dict[str, Any]]:
-    """metrics.jsonl as W&B should have it, one row a step, without what is timed."""
-    steps: dict[int, dict[str, Any]] = {}
-    for row in runs.rows(name):
-        values = steps.setdefault(row["step"], {"_step": row["step"]})
-        values["epoch"] = row["epoch"]
-        if row["event"] == "train":
-            values |= {f"train/{key}": row[key] for key in ("loss", "accuracy", "lr")}
-        else:
-            values |= {"val/loss": row["test_loss"], "val/accuracy": row["test_accuracy"]}
-            values["val/best_accuracy"] = row["best_test_accuracy"]
-    return list(steps.values())
-
-
-def rows_on_server(run: Run) -> list[dict[str, Any]]:
-    wandb_s_own = {"_timestamp", "_runtime", "train/images_per_second"}
-    return [{k: v for k, v in row.items() if k not in wandb_s_own} for row in run.history]
-
-
-def check_whole(
-    runs: Runs,
-    name: str,
-    server: WandbServer,
-    *,
-    starts: int,
-    steps: Iterable[int] = range(5, 81, 5),
-) -> None:
-    """After so many starts: one finished run, one config, each row of metrics.jsonl once."""
-    run = run_of(runs, name, server)
-    assert [row["_step"] for row in run.history] == list(steps)
-    assert rows_on_server(run) == rows_on_disk(runs, name)
-    assert run.state == "finished"
-    assert run.summary["val/best_accuracy"] == runs.result(name)["best_test_accuracy"]
-    begun = [upsert for upsert in server.sent("UpsertBucket") if upsert.get("host")]
-    assert len(begun) == starts
-    assert {upsert["displayName"] for upsert in begun} == {name}
-    assert len({upsert["groupName"] for upsert in begun}) == 1
-    configs = [config_in(upsert) for upsert in begun]
-    assert configs == starts * [configs[0]] and configs[0]["model"] == "gap"
-    assert run.config == configs[0]
+    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
+        yield runs
 
 
 def check_key_is_secret(folder: Path, server: WandbServer) -> None:
@@ -135,18 +68,9 @@ def test_a_run_that_is_stopped_twice_is_one_run_in_wandb(
     runs.run("r", *SHORT, WANDB_MODE=mode)
     if mode == "offline":
         assert server.requests == []
-        sync(runs, "r")
+        wandb_sync(runs, "r")
     check_whole(runs, "r", server, starts=3)
     check_key_is_secret(runs.folder, server)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a training and W&B's processes, as Slurm does."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it should have been at work still"
 
 
 @pytest.mark.slow
@@ -171,7 +95,7 @@ def test_rows_of_a_run_that_is_killed_are_neither_lost_nor_doubled(
     said = runs.run("r", *flags, WANDB_MODE=mode)
     assert "resuming after step 40" in said
     if mode == "offline":
-        sync(runs, "r")
+        wandb_sync(runs, "r")
     check_whole(runs, "r", server, starts=3, steps=range(2, 81, 2))
 
 
@@ -199,13 +123,13 @@ def test_a_run_that_began_offline_is_whole_once_it_is_online(
     process.communicate(timeout=60)
     runs.run("r", *SHORT)
     check_whole(runs, "r", server, starts=1)
-    sync(runs, "r")
+    wandb_sync(runs, "r")
     check_whole(runs, "r", server, starts=1)
 
 
 @pytest.mark.slow
 def test_of_several_processes_one_has_the_trackers(runs: Runs, server: WandbServer) -> None:
-    runs.launch("r", 2, *SHORT, "tensorboard")
+    runs.launch("r", 2, *SHORT, "--track", "wandb", "tensorboard")
     check_whole(runs, "r", server, starts=1)
     assert len(list(runs.folder.glob("r/tensorboard/**/events.out.tfevents.*"))) == 1
 

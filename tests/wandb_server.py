@@ -1,71 +1,35 @@
 """A small W&B server for tests: what wandb 0.31 needs for runs, their resuming, and sweeps.
 
-It keeps in memory what clients tell it, and records every request.
+It keeps in memory what clients tell it (`wandb_store`), records every request, and can be made to
+fail, to hang, and to be out of reach.
 """
 
 import base64
+import contextlib
 import gzip
 import json
 import re
+import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-ENTITY = "lab"
+from wandb_store import (
+    ENTITY,
+    Artifact,
+    Artifacts,
+    Operations,
+    Refused,
+    Run,
+    Variables,
+    View,
+    Views,
+)
+
 KEY = "5ec3e7" * 6 + "abcd"  # a key has 40 characters
 OWNER = {"id": "RW50aXR5OjE=", "name": ENTITY}
-
-Variables = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """What the server knows of one run."""
-
-    project: str
-    id: str
-    fields: Variables = field(default_factory=dict)  # of its UpsertBucket requests, the last wins
-    streams: dict[str, dict[int, str]] = field(default_factory=dict)  # file: line number: line
-    preempting: bool = False
-    exit_code: int | None = None  # None while it runs
-
-    def lines(self, file: str) -> list[str]:
-        return [line for _, line in sorted(self.streams.get(file, {}).items())]
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.lines("wandb-history.jsonl")]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return dict(json.loads((self.lines("wandb-summary.json") or ["{}"])[0]))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Without W&B's own entry."""
-        return config_in(self.fields)
-
-    @property
-    def state(self) -> str:
-        """running, finished, failed, or preempted: a sweep will hand it out again."""
-        if self.exit_code is None:
-            return "running"
-        if self.exit_code == 0:
-            return "finished"
-        return "preempted" if self.preempting else "failed"
-
-    @property
-    def key(self) -> str:
-        return base64.b64encode(f"Run:v1:{self.id}:{self.project}:{ENTITY}".encode()).decode()
-
-
-def config_in(upsert: Variables) -> dict[str, Any]:
-    """The config that an UpsertBucket request holds, without W&B's own entry."""
-    config = json.loads(upsert.get("config") or "{}")
-    return {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
 
 
 @dataclass
@@ -82,6 +46,7 @@ class Request:
     """A request as it came, and for GraphQL its operation."""
 
     path: str
+    query: str
     headers: dict[str, str]
     body: bytes
     operation: str | None = None
@@ -98,14 +63,51 @@ class WandbServer(ThreadingHTTPServer):
         self.url = f"http://{address}:{self.server_port}"
         self.runs: dict[str, Run] = {}
         self.sweeps: dict[str, Sweep] = {}
+        self.stored_artifacts = Artifacts(f"{self.url}/storage/artifacts")
+        self.saved_views = Views()
         self.requests: list[Request] = []
         self.unknown: set[str] = set()  # what clients asked for in vain
+        self.failures = 0  # so many requests will be answered by 500
+        self.answering = threading.Event()  # while it is not set, no request is answered
+        self.answering.set()
         self.lock = threading.RLock()
+        self.connections: set[socket.socket] = set()
+        self.operations = self._own_operations() | self.stored_artifacts.operations
+        self.operations |= self.saved_views.operations
+        self._serve()
+
+    def _serve(self) -> None:
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
+        self.refuse()
+        self.answering.set()
+
+    def fail(self, requests: int) -> None:
+        """Answer so many requests, from now on, with an error of the server (500)."""
+        self.failures = requests
+
+    def hang(self) -> None:
+        """From now on, accept connections and requests, and never answer."""
+        self.answering.clear()
+
+    def refuse(self) -> None:
+        """From now on, nobody listens here, and open connections are cut."""
         self.shutdown()
         self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def heal(self) -> None:
+        """Answer again; requests that hang are never answered, their connections are closed."""
+        self.failures = 0
+        self.answering.set()
+        if self.socket.fileno() == -1:
+            self.socket = socket.socket(self.address_family, self.socket_type)
+            self.server_bind()
+            self.server_activate()
+            self._serve()
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients that are killed are part of the tests
@@ -118,6 +120,15 @@ class WandbServer(ThreadingHTTPServer):
 
     def run(self, id: str) -> Run:
         return self.runs[id]
+
+    @property
+    def artifacts(self) -> list[Artifact]:
+        """The committed versions, the oldest first."""
+        return [a for a in self.stored_artifacts.all if a.version is not None]
+
+    @property
+    def views(self) -> list[View]:
+        return self.saved_views.all
 
     def sent(self, operation: str) -> list[Variables]:
         """The variables of each request for this GraphQL operation."""
@@ -135,8 +146,11 @@ class WandbServer(ThreadingHTTPServer):
         """Status and JSON body of the answer to a request."""
         with self.lock:
             self.requests.append(request)
+            if self.failures:
+                self.failures -= 1
+                return 500, {"errors": [{"message": "out of order"}]}
             if request.path.startswith("/storage/"):  # as on a store of its own: without the key
-                return 200, {}
+                return 200, self._store(request.path.removeprefix("/storage/"), request.body)
             right = base64.b64encode(f"api:{KEY}".encode()).decode()
             if request.headers.get("authorization") != f"Basic {right}":
                 return 401, {"errors": [{"message": "wrong API key"}]}
@@ -153,11 +167,26 @@ class WandbServer(ThreadingHTTPServer):
         named = re.search(r"(?:query|mutation)\s+(\w+)", sent["query"])
         request.operation = named[1] if named else sent["query"]
         request.variables = sent.get("variables") or {}
-        action = OPERATIONS.get(request.operation)
+        action = self.operations.get(request.operation)
         if action is None:
             self.unknown.add(request.operation)
             return {"data": None, "errors": [{"message": f"no {request.operation} here"}]}
-        return {"data": action(self, request.variables)}
+        try:
+            return {"data": action(request.variables)}
+        except Exception as error:
+            if not isinstance(error, Refused):  # an error of this server: let tests see it
+                self.unknown.add(f"{request.operation}: {error!r}")
+            return {"data": None, "errors": [{"message": str(error)}]}
+
+    def _store(self, place: str, body: bytes) -> Variables:
+        """Keep a file that was uploaded, of a run or an artifact."""
+        kind, _, rest = place.partition("/")
+        if kind == "artifacts":
+            self.stored_artifacts.upload(rest, body)
+        else:
+            run, _, name = rest.partition("/")
+            self.runs[run].files[name] = body
+        return {}
 
     def _open(self, project: str | None, id: str) -> Run:
         return self.runs.setdefault(id, Run(project or "uncategorized", id))
@@ -172,6 +201,21 @@ class WandbServer(ThreadingHTTPServer):
         return {"exitcode": None, "limits": {}}
 
     # GraphQL operations of runs
+
+    def _own_operations(self) -> Operations:
+        return {
+            "ServerFeaturesQuery": self._features,
+            "Viewer": self._viewer,
+            "OrganizationCoreWeaveOrganizationID": self._organization,
+            "UpsertBucket": self._upsert_run,
+            "RunResumeStatus": self._resume_status,
+            "CreateRunFiles": self._run_files,
+            "RunStoppedStatus": self._stopped_status,
+            "NotifyScriptableRunAlert": self._alert,
+            "SweepWithRuns": self._sweep,
+            "CreateAgent": self._create_agent,
+            "Heartbeat": self._heartbeat,
+        }
 
     def _features(self, v: Variables) -> Variables:
         return {"serverInfo": {"features": []}}
@@ -217,12 +261,18 @@ class WandbServer(ThreadingHTTPServer):
         }
 
     def _run_files(self, v: Variables) -> Variables:
-        files = [{"name": n, "uploadUrl": f"{self.url}/storage/{v['run']}/{n}"} for n in v["files"]]
+        place = f"{self.url}/storage/runs/{v['run']}"
+        files = [{"name": n, "uploadUrl": f"{place}/{n}"} for n in v["files"]]
         key = self._open(v["project"], v["run"]).key
         return {"createRunFiles": {"runID": key, "uploadHeaders": [], "files": files}}
 
     def _stopped_status(self, v: Variables) -> Variables:
         return {"project": {"run": {"stopped": False}}}
+
+    def _alert(self, v: Variables) -> Variables:
+        alert = v["title"], v["text"], v["severity"]
+        self._open(v["projectName"], v["runName"]).alerts.append(alert)
+        return {"notifyScriptableRunAlert": {"success": True}}
 
     # GraphQL operations of sweeps
 
@@ -252,30 +302,29 @@ class WandbServer(ThreadingHTTPServer):
         return {"type": "resume" if again else "run", "run_id": run, "program": None, "args": args}
 
 
-OPERATIONS: dict[str, Callable[[WandbServer, Variables], Variables]] = {
-    "ServerFeaturesQuery": WandbServer._features,
-    "Viewer": WandbServer._viewer,
-    "OrganizationCoreWeaveOrganizationID": WandbServer._organization,
-    "UpsertBucket": WandbServer._upsert_run,
-    "RunResumeStatus": WandbServer._resume_status,
-    "CreateRunFiles": WandbServer._run_files,
-    "RunStoppedStatus": WandbServer._stopped_status,
-    "SweepWithRuns": WandbServer._sweep,
-    "CreateAgent": WandbServer._create_agent,
-    "Heartbeat": WandbServer._heartbeat,
-}
-
-
 class _Answer(BaseHTTPRequestHandler):
     server: WandbServer
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(unquote(urlsplit(self.path).path), headers, body)
+        url = urlsplit(self.path)
+        request = Request(unquote(url.path), unquote(url.query), headers, body)
+        if not self.server.answering.is_set():
+            self.server.answering.wait()
+            self.close_connection = True
+            return
         status, answer = self.server.answer(request)
         sent = json.dumps(answer).encode()
         self.send_response(status)

@@ -29,6 +29,7 @@ from distcv.config import (
     nearest,
     validated,
 )
+from distcv.environment import without_password
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -247,7 +248,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         if str(error) and os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_password(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

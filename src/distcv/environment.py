@@ -6,13 +6,14 @@ import importlib.metadata
 import netrc
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -112,6 +113,11 @@ def wandb_key() -> str | None:
     return found[2] if found else None
 
 
+def without_password(text: str) -> str:
+    """A text without the users' names and passwords of the addresses in it."""
+    return re.sub(r"(://)[^/@\s]*@", r"\1", text)
+
+
 def cpu_name() -> str:
     """Model name of the processor, as the system reports it."""
     try:
@@ -159,12 +165,9 @@ def git_remote() -> str | None:
         said = subprocess.run(
             ["git", "remote", "get-url", "origin"], capture_output=True, text=True, timeout=10
         )
-        parts = urlsplit(said.stdout.strip())
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):
         return None
-    if parts.scheme and parts.scheme != "file":
-        parts = parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1])
-    return urlunsplit(parts) or None
+    return without_password(said.stdout.strip()) or None
 
 
 def describe_environment() -> dict[str, Any]:

@@ -14,11 +14,9 @@ MARKERS = "os^Dv*PX"
 
 
 def check_plot(file: Path) -> None:
-    """Raise InputError if there is no matplotlib, or it has no such format."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'distcv[plot]'") from None
+    """Raise InputError if matplotlib has no such format."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     endings = sorted(FigureCanvasBase.get_supported_filetypes())
     if file.suffix.lower().removeprefix(".") not in endings:
         raise InputError(f"--plot {file}: the ending must be one of {', '.join(endings)}")

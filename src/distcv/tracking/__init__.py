@@ -57,7 +57,7 @@ class Trackers:
         """W&B's run, or None where it isn't followed."""
         return self.runtime.tracker("wandb") if "wandb" in self.names else None
 
-    def _open(self) -> None:
+    def _open(self, *, offline: bool = False) -> None:
         """Start the trackers; send them what they lack of the rows so far."""
         rows: list[dict[str, Any]] = []
         if self.folder.metrics.exists():  # not the first start
@@ -68,6 +68,8 @@ class Trackers:
         config = self.recipe.model_dump(mode="json") | {"commit": self.commit}
         if "wandb" in self.names:
             options["wandb"] = wandb_run.settings(self.folder, self.recipe, config, group)
+            if offline:
+                options["wandb"]["mode"] = "offline"
         if "trackio" in self.names:
             options["trackio"] = trackio_run.settings(self.folder, config, group)
         if "tensorboard" in self.names:
@@ -152,16 +154,20 @@ class Trackers:
         def show() -> None:
             if not (run := self.wandb):
                 return
+            if not run.offline and not wandb_run.answers():  # tables would ask it, for a minute
+                self.console.say(
+                    "W&B does not answer: what it lacks is in the run folder; later, "
+                    f"python -m distcv.sync {self.folder.path}"
+                )
+                wandb_run.forget_service()
+                self._open(offline=True)
+                run = self.wandb
             step = result["steps"]
             # Into the row of the last step, unless that was sent by a process that was killed then.
             run.log(wandb_run.findings(result, pictures), step=max(step, run.step))
             keys = ("test_accuracy", "best_test_accuracy", "seed", "steps")
             figures = {key: result[key] for key in keys}
-            if not wandb_run.log_models(run, self.folder, last, best, figures):
-                self.console.say(
-                    "W&B does not answer: what it lacks is in the run folder; later, "
-                    f"python -m distcv.sync {self.folder.path}"
-                )
+            wandb_run.log_models(run, self.folder, last, best, figures)
             text = f"test accuracy {result['test_accuracy']:.2f} % in {result['seconds']:.0f} s"
             run.alert("finished", f"{self.folder.path.name}: {text}", level="INFO")
 
@@ -242,7 +248,7 @@ def _tracked(row: dict[str, Any]) -> dict[str, float]:
         )  # fmt: skip
         values = {f"train/{key}": row[key] for key in keys if row.get(key) is not None}
         for number, node in enumerate(row.get("nodes", [])):
-            values |= {f"system/node{number}/{key}": value for key, value in node.items()}
+            values |= {f"nodes/{number}/{key}": value for key, value in node.items()}
     else:
         values = {"val/loss": row["test_loss"], "val/accuracy": row["test_accuracy"]}
         # W&B's own summary="max" would forget what was before a restart.

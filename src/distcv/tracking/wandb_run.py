@@ -1,10 +1,8 @@
 """A training as one run of W&B: its start, what it goes on with, what it shows at the end."""
 
 import contextlib
-import json
 import os
 import re
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -14,8 +12,9 @@ from urllib.error import HTTPError
 import numpy as np
 
 from distcv.config import Recipe
-from distcv.environment import git_remote, wandb_key, wandb_server
+from distcv.environment import git_remote, wandb_key, wandb_server, without_password
 from distcv.run_folder import RunFolder
+from distcv.wandb_log import read_records
 
 # A server that answers may take its time for a model, one that doesn't costs these together.
 ANSWER_SECONDS, PROBE_SECONDS, FINISH_SECONDS = 8, 5, 12
@@ -29,6 +28,8 @@ def settings(
     import wandb
 
     root = str(folder.path.resolve())
+    if "WANDB_BASE_URL" in os.environ:  # W&B would print a password in it
+        os.environ["WANDB_BASE_URL"] = without_password(wandb_server())
     os.environ.setdefault("WANDB_DATA_DIR", root)  # artifacts wait for their sync in the run folder
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key() else "offline")
     return {
@@ -62,15 +63,17 @@ def first_missing_step(run: Any, folder: RunFolder) -> int:
         for log in logs:
             if log.parent.name.startswith("offline-"):  # not to be synced over what is sent now
                 log.with_suffix(".wandb.synced").touch()
+        # A picture leaves some time after its row: a process that was killed took it along.
+        for files in folder.path.glob(f"wandb/run-*-{run.id}/files"):
+            if files != Path(run.dir):
+                for file in files.glob("media/**/*.*"):
+                    run.save(str(file), base_path=str(files), policy="now")
         return int(run.starting_step)
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
-    env = os.environ | {"WANDB_MODE": "offline"}  # else it looks for the network
     for log in sorted(logs, key=os.path.getmtime, reverse=True):
-        shown = subprocess.run([*command, str(log)], env=env, capture_output=True, text=True)
-        records = map(json.loads, shown.stdout.splitlines())
-        steps = [r["history"]["step"]["num"] for r in records if r["type"] == "history"]
-        if steps:
-            return int(steps[-1]) + 1
+        with contextlib.suppress(ValueError):  # it has no head yet
+            steps = [r.history.step.num for r in read_records(log) if r.HasField("history")]
+            if steps:
+                return int(steps[-1]) + 1
     return 0
 
 
@@ -117,11 +120,10 @@ def findings(result: dict[str, Any], pictures: Any) -> dict[str, Any]:
 
 def log_models(
     run: Any, folder: RunFolder, last: Path, best: Path, figures: dict[str, Any]
-) -> bool:
+) -> None:
     """Send the checkpoints as versions of a model artifact: `best`, then `latest`.
 
-    Returns:
-        False if the server did not take them in time, though it may have them later.
+    Waits for the server to have them, as long as it answers.
     """
     import wandb
 
@@ -134,7 +136,8 @@ def log_models(
             artifact.add_file(str(file), skip_cache=True, policy="immutable")
         aliases = ["best"] * (path == best) + ["latest"] * (path == last)
         logged.append(run.log_artifact(artifact, aliases=aliases))
-    return run.offline or all(_taken(artifact) for artifact in logged)
+    if not run.offline:
+        all(_taken(artifact) for artifact in logged)
 
 
 def _taken(artifact: Any) -> bool:
@@ -146,12 +149,13 @@ def _taken(artifact: Any) -> bool:
             artifact.wait(timeout=ANSWER_SECONDS)
             return True
         except WaitTimeoutError:
-            if not _answers():
+            if not answers():
                 return False
     return False
 
 
-def _answers() -> bool:
+def answers() -> bool:
+    """Whether W&B's server answers at all."""
     try:
         with urllib.request.urlopen(wandb_server(), timeout=PROBE_SECONDS):
             return True

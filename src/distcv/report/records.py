@@ -1,0 +1,138 @@
+"""What is read of the run folders, and the groups that one recipe's seeds form."""
+
+import contextlib
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distcv.results import Run, differences, grouped
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run with its metrics."""
+
+    name: str
+    """The run folder's name, unlike those of the other runs."""
+    run: Run
+    epochs: list[Row]
+    """Rows of metrics.jsonl at the ends of epochs."""
+    steps: list[Row]
+    """Rows of the log points between."""
+    starts: list[Row]
+    """The starts in environment.json."""
+
+    @property
+    def seed(self) -> int:
+        return self.run.recipe.seed
+
+    @property
+    def result(self) -> Row:
+        """The contents of result.json, empty as long as the run is not finished."""
+        return self.run.result or {}
+
+    def environment(self, name: str) -> Any:
+        """A field of the last start, or of the result where there is no record of starts."""
+        for place in (*self.starts[-1:], self.result, self.result.get("environment", {})):
+            if place.get(name) is not None:
+                return place[name]
+        return None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one recipe, in the order of their seeds."""
+
+    label: str
+    records: list[Record]
+
+    @property
+    def finished(self) -> list[Record]:
+        return [record for record in self.records if record.result]
+
+    @property
+    def shown(self) -> list[Record]:
+        """The runs whose figures stand for the group: the finished ones, else all that began."""
+        return self.finished or [r for r in self.records if finite(r.epochs, "test_accuracy")]
+
+    def results(self, key: str) -> list[Any]:
+        """An entry of the result files, of those that have it."""
+        return [record.result[key] for record in self.finished if record.result.get(key)]
+
+
+def read_groups(runs: list[Run]) -> list[Group]:
+    """The runs with their metrics, in groups of one recipe each."""
+    names = dict(zip((run.folder for run in runs), _names([r.folder for r in runs]), strict=True))
+    recipes = grouped(runs)
+    labels = _labels(recipes, runs)
+    return [
+        Group(label, [_read(names[run.folder], run) for run in group])
+        for label, group in zip(labels, recipes, strict=True)
+    ]
+
+
+def _read(name: str, run: Run) -> Record:
+    rows = _rows(run.folder / "metrics.jsonl")
+    starts: list[Row] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((run.folder / "environment.json").read_text())["starts"]
+        starts = [start for start in found if isinstance(start, dict)]
+    return Record(
+        name,
+        run,
+        [row for row in rows if row["event"] == "epoch"],
+        [row for row in rows if row["event"] == "train"],
+        starts,
+    )
+
+
+def _rows(path: Path) -> list[Row]:
+    """The rows that can be read; the last one may be being written."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"event", "step", "epoch"} <= row.keys():
+                rows.append(row)
+    return rows
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Names of run folders; with the one that they lie in where one name occurs twice."""
+    paths = [folder.resolve() for folder in folders]
+    for parts in (1, 2):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}/{path.name}" for number, path in enumerate(paths, start=1)]
+
+
+def _labels(recipes: list[list[Run]], runs: list[Run]) -> list[str]:
+    """A name for each recipe: its network, its data if they differ, and what else sets it off."""
+    several = len({run.recipe.dataset for run in runs}) > 1
+    labels = []
+    for group in recipes:
+        recipe = group[0].recipe
+        where = f" on {recipe.dataset}" if several else ""
+        what = differences(recipe, runs)
+        labels.append(f"{recipe.model}{where}" + (f", {what}" if what else ""))
+    seen: Counter[str] = Counter()
+    for number, label in enumerate(labels):
+        seen[label] += 1  # `differences` names no more than four fields
+        labels[number] += f" ({seen[label]})" if seen[label] > 1 else ""
+    return labels
+
+
+def finite(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    """(epoch, value) of the rows that have a finite value there."""
+    found = ((row["epoch"], row.get(key)) for row in rows)
+    return [(x, y) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]

@@ -1,0 +1,246 @@
+"""The tables and the sentences: numbers of run folders in words, none of them typed in."""
+
+import statistics
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from distcv.intervals import mean_interval
+from distcv.report.page import Table
+from distcv.report.records import Group, Record, finite
+
+NONE = "–"
+Point = tuple[float, float]  # epoch, value
+
+
+def figures(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± sample standard deviation; the value of a single run, a dash if there is none."""
+    if not values:
+        return NONE
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `43 s`, `12 min 5 s` or `1 h 42 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def results_table(groups: list[Group], target: float | None) -> Table:
+    """A column for each recipe, with the lines that the source documents have."""
+    columns = [facts(group, target) for group in groups]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, NONE) for column in columns)] for name in names]
+    caption = (
+        "Accuracies in percent, on the whole test set, without test-time augmentation; mean ± "
+        "sample standard deviation over seeds. First, best and last are epochs; the result is the "
+        "last one's, since the best is chosen by the test set itself. Train accuracy is that of "
+        "augmented images while the epoch goes on."
+    )
+    return Table(caption, ["", *(group.label for group in groups)], rows)
+
+
+def facts(group: Group, target: float | None) -> dict[str, str]:
+    """The lines of one recipe's column."""
+    last = last_accuracies(group)
+    lines: dict[str, str] = {}
+    if target is not None:
+        lines["Target"] = _target(last, target)
+    lines["Data"] = group.records[0].run.recipe.dataset
+    sizes = sorted(set(group.results("params")))
+    lines["Parameters"] = " or ".join(f"{size:,}" for size in sizes) or NONE
+    lines["Epochs"] = _epochs(group)
+    lines["Runs"] = _runs(group)
+    lines["Last test accuracy"] = figures(last)
+    if len(last) > 1:
+        _, low, high = mean_interval(last)
+        lines["95 % interval of mean"] = f"{low:.2f} to {high:.2f}"
+    lines["Best test accuracy"] = _with_epochs([_best(r) for r in group.shown])
+    test, train = (_points(group, f"{part}_accuracy") for part in ("test", "train"))
+    lines["First test accuracy"] = _with_epochs([points[0] for points in test])
+    lines["Last train accuracy"] = figures([points[-1][1] for points in train])
+    best = [max(points, key=lambda point: point[1]) for points in train]
+    lines["Best train accuracy"] = _with_epochs(best)
+    lines["First train accuracy"] = _with_epochs([points[0] for points in train])
+    for part in ("test", "train"):
+        losses = [points[-1][1] for points in _points(group, f"{part}_loss")]
+        lines[f"Last {part} loss"] = figures(losses, 4)
+    seconds = group.results("seconds")
+    lines["Time"] = duration(statistics.mean(seconds)) if seconds else NONE
+    lines["Images per second"] = figures(group.results("images_per_second"), 0)
+    lines["Hardware"] = hardware(group)
+    lines["Analysis"] = analysis(group)
+    return lines
+
+
+def last_accuracies(group: Group) -> list[float]:
+    """Test accuracy of each run at its last epoch: the result's, or the newest there is."""
+    return [_last(record) for record in group.shown]
+
+
+def _last(record: Record) -> float:
+    if record.result:
+        return float(record.result["test_accuracy"])
+    return finite(record.epochs, "test_accuracy")[-1][1]
+
+
+def _best(record: Record) -> Point:
+    if "best_epoch" in record.result:
+        return record.result["best_epoch"], record.result["best_test_accuracy"]
+    return max(finite(record.epochs, "test_accuracy"), key=lambda point: point[1])
+
+
+def _points(group: Group, key: str) -> list[list[Point]]:
+    """The curve of each run that has one."""
+    found = [finite(record.epochs, key) for record in group.shown]
+    return [points for points in found if points]
+
+
+def _with_epochs(points: list[Point]) -> str:
+    """As `99.38 ± 0.05 (epochs 3 to 4)`."""
+    if not points:
+        return NONE
+    epochs = [f"{epoch:.3g}" for epoch in sorted({epoch for epoch, _ in points})]
+    where = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+    return f"{figures([value for _, value in points])} ({where})"
+
+
+def _target(accuracies: list[float], target: float) -> str:
+    if not accuracies:
+        return f"{target:g}"
+    reached = sum(accuracy >= target for accuracy in accuracies)
+    if len(accuracies) == 1:
+        return f"{target:g}: {'reached' if reached else 'not reached'}"
+    return f"{target:g}: reached by {reached} of {len(accuracies)} runs"
+
+
+def _epochs(group: Group) -> str:
+    planned = group.records[0].run.recipe.epochs
+    done = sorted({f"{record.result['epochs']:.3g}" for record in group.finished})
+    if done and done != [f"{planned}"]:
+        return f"{' or '.join(done)} (of {planned})"
+    return f"{planned}"
+
+
+def _runs(group: Group) -> str:
+    seeds = ", ".join(str(record.seed) for record in group.finished)
+    words = []
+    if group.finished:
+        words.append(f"n = {len(group.finished)}, seed{'s' * (len(group.finished) > 1)} {seeds}")
+    if open_runs := len(group.records) - len(group.finished):
+        words.append(f"{open_runs} not finished")
+    return "; ".join(words)
+
+
+def hardware(group: Group) -> str:
+    """What the runs ran on; each kind once."""
+    return " or ".join(dict.fromkeys(hardware_of(record) for record in group.records))
+
+
+def hardware_of(record: Record) -> str:
+    """As `AMD EPYC, 2 cores` or `8 x NVIDIA H200 on 2 nodes (ddp)`."""
+    device, processes = record.environment("device"), record.environment("processes") or 1
+    if device is None:
+        return "unknown"
+    nodes = record.environment("nodes") or 1
+    spread = f" on {nodes} nodes" if nodes > 1 else ""
+    strategy = f" ({record.environment('strategy')})" if processes > 1 else ""
+    if device != "cpu":
+        return f"{processes} x {device}{spread}{strategy}" if processes > 1 else str(device)
+    cores = f"{record.environment('cpu')}, {record.environment('cores')} cores"
+    return f"{cores}, {processes} processes{spread}{strategy}" if processes > 1 else cores
+
+
+def analysis(group: Group) -> str:
+    """What the figures say, in the words of the source documents."""
+    pairs = [
+        (points[-1][1], _last(record))
+        for record in group.shown
+        if (points := finite(record.epochs, "train_accuracy"))
+    ]
+    if not pairs:
+        return NONE
+    gap = statistics.mean(train - test for train, test in pairs)
+    if gap > 0.1:
+        words = f"overfits: train is {gap:.2f} points above test"
+    else:
+        words = (
+            f"no overfitting: train is {abs(gap):.2f} points {'below' if gap < 0 else 'above'} test"
+        )
+    lost = statistics.mean(_best(record)[1] - _last(record) for record in group.shown)
+    if lost > 0.005:
+        return f"{words}; the last epoch is {lost:.2f} below the best"
+    return f"{words}; the last epoch is the best"
+
+
+def summary(group: Group, target: float | None) -> tuple[str, str]:
+    """A sentence: what and how accurate, then n, size, time, hardware."""
+    recipe = group.records[0].run.recipe
+    what, last = _with_data(group.label, recipe.dataset), last_accuracies(group)
+    if not last:
+        return what, ": nothing was evaluated yet."
+    accuracy = f"{what}: {figures(last)}\N{NO-BREAK SPACE}%"
+    if not group.finished:
+        reached = max(record.epochs[-1]["epoch"] for record in group.shown)
+        return accuracy, f" test accuracy at epoch {reached:.3g} of {recipe.epochs}; not finished."
+    words = " test accuracy at the last epoch"
+    if len(last) > 1:
+        _, low, high = mean_interval(last)
+        interval = f"95\N{NO-BREAK SPACE}% interval of the mean {low:.2f} to {high:.2f}"
+        words += f" (n = {len(last)} runs; {interval})"
+    else:
+        words += " (one run)"
+    if sizes := group.results("params"):
+        words += f", {sizes[0]:,} parameters"
+    seconds = duration(statistics.mean(group.results("seconds")))
+    words += f", {seconds} of training on {hardware(group)}."
+    return accuracy, words + (f" Target {_target(last, target)}." if target is not None else "")
+
+
+def _with_data(label: str, dataset: str) -> str:
+    """The label with the data set behind the network's name."""
+    model, *rest = label.split(", ", 1)
+    where = model if " on " in model else f"{model} on {dataset}"
+    return ", ".join([where, *rest])
+
+
+def runs_table(groups: list[Group]) -> Table:
+    """A row for each run."""
+    head = ["Run", "Recipe", "Seed", "Test accuracy", "Test loss", "Time", "Commit", "Started"]
+    rows = []
+    for group in groups:
+        for record in group.records:
+            result = record.result
+            accuracy = figures([result["test_accuracy"]]) if result else _so_far(record)
+            loss = f"{result['test_loss']:.4f}" if "test_loss" in result else NONE
+            time = duration(result["seconds"]) if result else NONE
+            commit = short_commit(record.environment("commit"))
+            started = _moment(record)
+            rows.append([record.name, group.label, str(record.seed), accuracy, loss, time, commit,
+                         started])  # fmt: skip
+    return Table("Last epoch; time is that of training and evaluation.", head, rows)
+
+
+def _moment(record: Record) -> str:
+    """When a run was started first, and how often."""
+    if not record.starts:
+        return NONE
+    first = datetime.fromisoformat(record.starts[0]["time"]).strftime("%Y-%m-%d %H:%M")
+    return f"{first}, {len(record.starts)} starts" if len(record.starts) > 1 else first
+
+
+def _so_far(record: Record) -> str:
+    rows = record.epochs or record.steps
+    if not rows:
+        return "no step yet"
+    row = rows[-1]
+    accuracy = f"{row['test_accuracy']:.2f} at " if "test_accuracy" in row else "at "
+    return f"{accuracy}epoch {row['epoch']:.3g} of {record.run.recipe.epochs}, not finished"
+
+
+def short_commit(commit: Any) -> str:
+    """The first twelve digits, with `-dirty` if the clone was changed."""
+    return f"{commit[:12]}{commit[40:]}" if isinstance(commit, str) else NONE
