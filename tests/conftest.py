@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import slurm_cluster
+from runs import Runs
+from wandb_runs import wandb_runs, wandb_server
+from wandb_server import WandbServer
 
 from distcv.config import load_recipe
 from distcv.data import DATASETS, load_dataset
@@ -154,6 +157,26 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [DEAD])
     monkeypatch.setattr(datasets.CIFAR10, "url", DEAD + datasets.CIFAR10.filename)
     monkeypatch.setattr(datasets.CIFAR100, "url", DEAD + datasets.CIFAR100.filename)
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    """A W&B server."""
+    with wandb_server() as server:
+        yield server
+
+
+@pytest.fixture
+def runs(
+    tmp_path: Path,
+    data_dir: Path,
+    mnist: Arrays,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Runs]:
+    """Trainings that W&B follows there."""
+    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
+        yield runs
 
 
 @pytest.fixture(scope="session")

@@ -2,34 +2,14 @@
 
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 from runs import Runs, launched
-from wandb_runs import run_of, wandb_runs, wandb_server
+from wandb_runs import run_of
 from wandb_server import WandbServer
 
 FLAGS = ["--model", "gap", "--log-every", "5", "--track", "wandb"]
-
-
-@pytest.fixture
-def server() -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        yield server
-
-
-@pytest.fixture
-def runs(
-    tmp_path: Path,
-    data_dir: Path,
-    mnist: object,
-    server: WandbServer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Runs]:
-    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
-        yield runs
 
 
 @pytest.mark.slow

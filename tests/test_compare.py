@@ -120,7 +120,7 @@ def test_without_common_seeds_they_are_not_paired(tmp_path: Path, compared: Comp
     mean, low, high = WELCH
     figure = found["figures"]["test_accuracy"]
     assert (figure["difference"], *figure["interval"]) == pytest.approx((-mean, -high, -low))
-    assert "no seed in common: not paired (Welch's interval)" in lines
+    assert "not paired, for want of common seeds (Welch's interval)" in lines
     assert any("1.58 points of test accuracy below A" in line for line in lines)
     assert any(line.endswith("includes 0: no difference is shown") for line in lines)
 

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from trained_runs import make_trained_run
 
 from distcv.config import load_recipe, recipe_names
+from distcv.data.readers import Arrays
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = README + (ROOT / "docs/slurm.md").read_text()
+PAGES = README + "".join(
+    (ROOT / f"docs/{name}.md").read_text() for name in ("slurm", "tracking", "reporting")
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +48,10 @@ def test_recipes_launch_files_and_templates_travel_in_the_wheel(wheel: Path) -> 
     assert "distcv/train.py" in inside
     (entries,) = (name for name in inside if name.endswith("entry_points.txt"))
     listed = zipfile.ZipFile(wheel).read(entries).decode()
-    for module in ("train", "summary", "data", "submit", "results", "doctor", "bench"):
-        assert f"distcv-{module} = distcv.{module}" in listed
+    commands = [line for line in shell_lines() if line.startswith("python -m distcv.")]
+    for module in {line.split()[2] for line in commands}:
+        assert f"{module.replace('.', '-')} = {module}" in listed
+    assert {"distcv/report/page.html.j2", "distcv/report/style.css"} <= inside
     assert not any(name.startswith(("tests/", "data/", "runs/")) for name in inside)
 
 
@@ -75,12 +83,17 @@ def test_the_wheel_works_away_from_the_clone(wheel: Path, tmp_path: Path) -> Non
 
 def shell_lines() -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(re.split("  #| > ", line)[0].strip() for line in lines))
+
+
+OF_RUNS = {f"distcv.{name}" for name in ("results", "compare", "predict", "sync")}
+OF_RUNS_AND_DATA = {"distcv.report", "distcv.export"}
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "distcv." in line])
 def test_every_command_of_the_readme_is_understood(
-    line: str, tmp_path: Path, mnist: object, cifar10: object
+    line: str, tmp_path: Path, mnist: Arrays, cifar10: object
 ) -> None:
     """Flags and names are right; that the main commands run whole is seen in CI and elsewhere."""
     words = shlex.split(line)
@@ -92,13 +105,15 @@ def test_every_command_of_the_readme_is_understood(
         extra: list[str] = []
     elif module == "distcv.train":
         extra = ["--print-config"]
-    elif module == "distcv.results":
-        extra = []
-        finished = tmp_path / "runs/gap-0"
-        finished.mkdir(parents=True)
-        (finished / "config.yaml").write_text(load_recipe("gap").to_yaml())
+    elif module in OF_RUNS | OF_RUNS_AND_DATA:
+        extra = ["--data-dir", str(ROOT / "data")] if module in OF_RUNS_AND_DATA else []
         result = json.loads((ROOT / "results/gap.json").read_text())[0]
-        (finished / "result.json").write_text(json.dumps(result))
+        for name in ("runs/a", "runs/b", "runs/gap-1", "seeds/a/0", "seeds/b/0"):
+            made = make_trained_run(tmp_path / name, torch.from_numpy(mnist.test_images[:64]))
+            (made / "result.json").write_text(json.dumps(result))
+        Image.fromarray(mnist.test_images[0, 0]).save(tmp_path / "digit.png")
+    elif module == "distcv.dashboard":
+        extra = [] if "--print" in flags else ["--print"]
     else:
         extra = ["--data-dir", str(ROOT / "data"), *(["--dry-run"] if "--watch" in flags else [])]
         if module == "distcv.bench":

@@ -196,7 +196,7 @@ def test_of_a_run_that_goes_on_the_newest_epoch_counts_so_far(tmp_path: Path) ->
     lines = facts(group, 94)
     assert lines["Last test accuracy"] == "93.00" and lines["Target"] == "94: not reached"
     assert lines["Best test accuracy"] == "94.50 (epoch 2)" and lines["Runs"] == "1 not finished"
-    assert summary(group, None)[1] == " test accuracy at epoch 3 of 3; not finished."
+    assert summary(group, None)[1] == " test accuracy at epoch 3 of 3 (n = 1); not finished."
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -22,7 +22,6 @@ FLOORS = {
     "train": 5, "summary": 5, "data.__main__": 5,
     "results": 5, "submit": 5, "doctor": 5, "bench": 5,
     "sync": 5, "dashboard": 5, "report": 5, "compare": 5, "predict": 5, "export": 5,
-    "model_card": 5,
 }  # fmt: skip
 
 

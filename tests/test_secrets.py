@@ -3,12 +3,11 @@
 import base64
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import ROOT, TRAIN, Runs
-from wandb_runs import sync, wandb_runs, wandb_server
+from wandb_runs import sync
 from wandb_server import KEY, WandbServer
 
 FLAGS = [
@@ -24,36 +23,27 @@ def planted(where: str) -> str:
 
 
 @pytest.fixture
-def server() -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        yield server
-
-
-@pytest.fixture
-def runs(
-    tmp_path: Path, data_dir: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Runs]:
+def runs(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Starts trainings in a git repository with secrets around it and in it."""
-    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
-        for name in IN_ENVIRONMENT:
-            monkeypatch.setenv(name, planted(name))
-        monkeypatch.setenv("DISTCV_MIRROR", f"https://user:{planted('mirror')}@127.0.0.1:9/")
-        monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-        own = tmp_path / "work"
-        own.mkdir()
-        monkeypatch.chdir(own)
-        (own / "notes.txt").write_text("nothing\n")
-        remote = f"https://user:{planted('remote')}@host.invalid/repo.git"
-        user = ["-c", "user.name=A User", "-c", "user.email=user@host.invalid"]
-        for command in (
-            ["init", "-q"],
-            ["remote", "add", "origin", remote],
-            ["add", "notes.txt"],
-            [*user, "commit", "-q", "-m", "notes"],
-        ):
-            subprocess.run(["git", *command], check=True)
-        (own / "notes.txt").write_text(f"{planted('uncommitted')}\n")
-        yield runs
+    for name in IN_ENVIRONMENT:
+        monkeypatch.setenv(name, planted(name))
+    monkeypatch.setenv("DISTCV_MIRROR", f"https://user:{planted('mirror')}@127.0.0.1:9/")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    own = tmp_path / "work"
+    own.mkdir()
+    monkeypatch.chdir(own)
+    (own / "notes.txt").write_text("nothing\n")
+    remote = f"https://user:{planted('remote')}@host.invalid/repo.git"
+    user = ["-c", "user.name=A User", "-c", "user.email=user@host.invalid"]
+    for command in (
+        ["init", "-q"],
+        ["remote", "add", "origin", remote],
+        ["add", "notes.txt"],
+        [*user, "commit", "-q", "-m", "notes"],
+    ):
+        subprocess.run(["git", *command], check=True)
+    (own / "notes.txt").write_text(f"{planted('uncommitted')}\n")
+    return runs
 
 
 def forms(secret: str) -> list[bytes]:

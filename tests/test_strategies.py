@@ -13,9 +13,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from runs import ONE_THREAD, ROOT
 
 PACKAGE = ROOT / "src/distcv"
@@ -215,6 +217,27 @@ def test_half_precision_and_compilation_work_everywhere(
     one, other = (trajectories.brief(place, flags) for place in ("single", where))
     assert not other["differing"]
     assert other["losses"] == pytest.approx(one["losses"], rel=3e-2)
+    # And the gradient is clipped by its own norm, not by that of the scaled one.
+    full = trajectories.brief("single", "")
+    for half in (one, other):
+        both = zip(half["norms"], full["norms"], strict=True)
+        told = [(norm, expected) for norm, expected in both if norm is not None]
+        assert len(told) >= 6, "an overflow is rare"
+        assert [norm for norm, _ in told] == pytest.approx([e for _, e in told], rel=0.1)
+
+
+def test_after_an_overflow_under_deepspeed_the_scale_falls() -> None:
+    from distcv.runtime.zero import Zero
+
+    zero: Any = Zero.__new__(Zero)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(1))
+    zero.zero = SimpleNamespace(torch_autocast_gradscaler=scaler, overflow=False)
+    zero.stepped()
+    assert scaler.get_scale() == 1024
+    zero.zero.overflow = True
+    zero.stepped()
+    assert scaler.get_scale() == 512
 
 
 @pytest.mark.slow

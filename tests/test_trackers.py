@@ -92,7 +92,7 @@ def test_trackio_keeps_what_the_user_has_set(
     from distcv.tracking import trackio_run
 
     monkeypatch.setattr(os, "environ", {"TRACKIO_DIR": "/elsewhere", "TRACKIO_SPACE_ID": "lab/x"})
-    options = trackio_run.settings(RunFolder(tmp_path / "r"), {"lr": 0.1}, "group")
+    options = trackio_run.settings(RunFolder(tmp_path / "r"), {"lr": 0.1}, "group", new=False)
     assert (options["name"], options["resume"]) == ("r", "allow")
     assert os.environ["TRACKIO_DIR"] == "/elsewhere"
     assert "HF_HUB_OFFLINE" not in os.environ, "a Space is on the network"

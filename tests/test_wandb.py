@@ -6,36 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import ROOT, Runs
-from wandb_runs import check_whole, kill, run_of, wandb_runs, wandb_server, wandb_sync
+from wandb_runs import check_whole, kill, run_of, wandb_sync
 from wandb_server import KEY, WandbServer
 from wandb_store import ENTITY
 
 TRAINING = ["--model", "gap", "--max-steps", "80", "--track", "wandb"]
 SHORT = [*TRAINING, "--log-every", "5"]
 MODES = pytest.mark.parametrize("mode", ["online", "offline"])
-
-
-@pytest.fixture
-def server() -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        yield server
-
-
-@pytest.fixture
-def runs(
-    tmp_path: Path,
-    data_dir: Path,
-    mnist: object,
-    server: WandbServer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Runs]:
-    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
-        yield runs
 
 
 def check_key_is_secret(folder: Path, server: WandbServer) -> None:

@@ -2,31 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from runs import Runs
-from wandb_runs import check_findings, check_whole, run_of, wandb_runs, wandb_server
+from wandb_runs import check_findings, check_whole, run_of
 from wandb_server import WandbServer
 
 from distcv.data.readers import Arrays
 
 FLAGS = ["--model", "gap", "--track", "wandb", "--log-every", "10"]
-
-
-@pytest.fixture
-def server() -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        yield server
-
-
-@pytest.fixture
-def runs(
-    tmp_path: Path, data_dir: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Runs]:
-    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
-        yield runs
 
 
 @pytest.mark.slow

@@ -1,12 +1,9 @@
 """W&B from the first row to the model: real trainings, killed and gone on with."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import wandb
 from runs import Runs, launched
-from wandb_runs import check_findings, check_whole, kill, sync, wandb_runs, wandb_server
+from wandb_runs import check_findings, check_whole, kill, sync
 from wandb_server import WandbServer
 
 from distcv.data.readers import Arrays
@@ -17,20 +14,6 @@ FLAGS = [
     *("--model", "gap", "--max-steps", "80", "--log-every", "5", "--checkpoint-every", "20"),
     *("--track", "wandb"),
 ]
-
-
-@pytest.fixture
-def server() -> Iterator[WandbServer]:
-    with wandb_server() as server:
-        yield server
-
-
-@pytest.fixture
-def runs(
-    tmp_path: Path, data_dir: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Runs]:
-    with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
-        yield runs
 
 
 @pytest.mark.slow

@@ -29,26 +29,27 @@ def flops_per_image(recipe: Recipe, shape: tuple[int, ...], classes: int) -> flo
 def matmul_flops(runtime: Runtime, repeats: int = 3) -> float:
     """Operations a second of a large square matmul in the run's precision; all processes at once.
 
-    On a CPU the faster of two kernels for such a product: torch.mm is MKL's, which leaves half of
+    The faster of two kernels for such a product. On a CPU torch.mm is MKL's, which leaves half of
     an AMD processor's vector width unused; a 1x1 convolution is oneDNN's. In fp32 on two cores of
     an EPYC of family 26 they made 175 and 330 GFLOP/s; beside the first, resnet18 had an MFU of
-    188 %.
+    188 %. On a GPU torch takes TF32 for convolutions of fp32, and not for products.
     """
     on_cpu = runtime.device.type == "cpu"
     size = 1024 if on_cpu else 8192
     dtype = runtime.precision or torch.float32
+    if on_cpu and dtype == torch.float16:  # which takes seconds there, for no kernel is made for it
+        dtype = torch.float32
     own = torch.Generator(runtime.device).manual_seed(0)
     a, b = (
         torch.randn(size, size, device=runtime.device, dtype=dtype, generator=own) for _ in range(2)
     )
-    seconds = [median_seconds(lambda: torch.mm(a, b), repeats)]
-    if on_cpu:
-        # As images of 8x8 in channels_last: oneDNN takes no single image on one thread.
-        rows, weight = a.view(-1, 8, 8, size).permute(0, 3, 1, 2), b.view(size, size, 1, 1)
-        seconds.append(median_seconds(lambda: F.conv2d(rows, weight), repeats))
-    else:
+    # As images of 8x8 in channels_last: oneDNN takes no single image on one thread.
+    rows, weight = a.view(-1, 8, 8, size).permute(0, 3, 1, 2), b.view(size, size, 1, 1)
+    kernels = [lambda: torch.mm(a, b), lambda: F.conv2d(rows, weight)]
+    seconds = min(median_seconds(kernel, repeats) for kernel in kernels)
+    if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / seconds
 
 
 def median_seconds(run: Callable[[], object], repeats: int) -> float:

@@ -237,6 +237,19 @@ def flag_value(args: list[str], name: str) -> str | None:
     return value
 
 
+def write_file(flag: str, file: Path, write: Callable[[], object]) -> None:
+    """Write the file that a flag asks for, and its folder.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except OSError as error:
+        raise InputError(f"{flag} {file}: {error.strerror}: choose another file") from None
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
 

@@ -4,8 +4,8 @@ Runs of one seed see the same samples in the same order, so both sides are compa
 what chance does to both drops out of the difference.
 """
 
-import contextlib
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -13,10 +13,10 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command_line import parse_arguments, run_command, write_file
 from distcv.config import InputError, Recipe, Strict
 from distcv.intervals import difference_interval
-from distcv.results import Run, differences, grouped, read_runs
+from distcv.results import Run, differences, grouped, read_runs, read_starts, short_commit
 
 MEASURES = {  # field of result.json: its name here, and digits
     "test_accuracy": ("test accuracy (%)", 2),
@@ -28,7 +28,7 @@ TIMED = ("seconds", "images_per_second")
 OPTIONS = ("compile", "sync_bn")  # those of a run that change how it computes
 # Of a start's record: what is no part of its surroundings, or is shown otherwise.
 PASSING = {"time", "options", "versions", "resumes", "changed", "seconds_lost", "restarts", "slurm",
-           "commit"}  # fmt: skip
+           "commit", "host"}  # fmt: skip
 
 Start = dict[str, Any]
 
@@ -74,11 +74,7 @@ def main() -> None:
     found = comparison(a, b)
     print("\n".join([*a.notes, *b.notes, *report(found)]))
     if path := arguments.json_file:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {path}: {error.strerror}: choose another file") from None
+        write_file("--json", path, lambda: path.write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def read_side(folder: Path) -> Side:
@@ -114,23 +110,23 @@ def _named(group: list[Run], others: list[Run]) -> str:
     return f"{' '.join(filter(None, words))} ({folders})"
 
 
-def read_starts(folder: Path) -> list[Start]:
-    """What environment.json tells of a run's starts; nothing if it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return [dict(s) for s in json.loads((folder / "environment.json").read_text())["starts"]]
-    return []
-
-
 def comparison(a: Side, b: Side) -> dict[str, Any]:
     """All that is said of two sides, in plain JSON types.
 
     A figure's ``interval`` is null where there are too few runs for one. Figures of time are there
-    only if all runs had the same hardware.
+    only if all runs had the same hardware. A single seed in common makes no pairs where both sides
+    have others.
     """
     common = sorted(a.results.keys() & b.results.keys())
+    if len(common) == 1 < min(len(a.results), len(b.results)):
+        common = []
     comparable = hardware(a) == hardware(b) and len(hardware(a)) == 1
     results = [*a.results.values(), *b.results.values()]
-    fields = [field for field in MEASURES if all(field in result for result in results)]
+    fields = [
+        field
+        for field in MEASURES
+        if all(math.isfinite(result.get(field, math.nan)) for result in results)
+    ]
     figures = {
         field: _figure(
             [a.results[seed][field] for seed in common or sorted(a.results)],
@@ -193,13 +189,12 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def _figure(a: list[float], b: list[float], paired: bool) -> dict[str, Any]:
-    enough = min(len(a), len(b)) > 1
-    return {
-        "a": _moments(a),
-        "b": _moments(b),
-        "difference": statistics.mean(b) - statistics.mean(a),
-        "interval": list(difference_interval(a, b, paired)[1:]) if enough else None,
-    }
+    difference, interval = statistics.mean(b) - statistics.mean(a), None
+    if min(len(a), len(b)) > 1:
+        _, low, high = difference_interval(a, b, paired)
+        if high - low > 1e-9:  # by chance, no value may differ from the others
+            interval = [low, high]
+    return {"a": _moments(a), "b": _moments(b), "difference": difference, "interval": interval}
 
 
 def _moments(values: list[float]) -> dict[str, Any]:
@@ -221,7 +216,7 @@ def report(found: dict[str, Any]) -> list[str]:
     lines += [
         f"paired over {_seeds(common)}"
         if common
-        else "no seed in common: not paired (Welch's interval)",
+        else "not paired, for want of common seeds (Welch's interval)",
         "last epoch, whole test set, no test-time augmentation; mean ± standard deviation",
         "",
         _row("", "A", "B", "B - A", "95 % interval"),
@@ -247,10 +242,12 @@ def verdict(figure: dict[str, Any]) -> str:
     difference, interval = figure["difference"], figure["interval"]
     side = "above" if difference > 0 else "below"
     words = f"B is {abs(difference):.2f} points of test accuracy {side} A"
-    if difference == 0:
+    if round(difference, 2) == 0:
         words = "B has the test accuracy of A"
-    if interval is None:
+    if len(figure["a"]["values"]) == 1 or len(figure["b"]["values"]) == 1:
         return f"{words}; a single run has no interval: this may be chance"
+    if interval is None:
+        return f"{words}; nothing varies over these seeds: more of them are needed for an interval"
     low, high = interval
     ends = f"{words}; the 95 % interval, {low:+.2f} to {high:+.2f},"
     if low <= 0 <= high:
@@ -282,7 +279,7 @@ def _shown(value: Any) -> str:
 
 
 def _commits(side: dict[str, Any]) -> str:
-    return ", ".join(commit[:12] + commit[40:] for commit in side["commits"])  # with its -dirty
+    return ", ".join(map(short_commit, side["commits"]))
 
 
 def command() -> None:

@@ -1,5 +1,6 @@
 """What surrounds a run: thread settings made before torch is loaded, and the record of it all."""
 
+import configparser
 import contextlib
 import ctypes
 import importlib.metadata
@@ -98,8 +99,13 @@ def launch_time() -> time.struct_time:
 
 
 def wandb_server() -> str:
-    """Address of the W&B server that runs are logged to."""
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    """Address of the W&B server that runs are logged to: of the environment, or of a login."""
+    own = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings"
+    login = configparser.ConfigParser(default_section="")
+    with contextlib.suppress(configparser.Error, OSError):
+        login.read([own, Path(os.environ.get("WANDB_DIR", ".")) / "wandb/settings"])
+    default = login.get("default", "base_url", fallback="https://api.wandb.ai")
+    return without_password(os.environ.get("WANDB_BASE_URL", default)).rstrip("/")
 
 
 def wandb_key() -> str | None:
@@ -115,7 +121,7 @@ def wandb_key() -> str | None:
 
 def without_password(text: str) -> str:
     """A text without the users' names and passwords of the addresses in it."""
-    return re.sub(r"(://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(://)[^/\s]*@", r"\1", text)
 
 
 def cpu_name() -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command_line import parse_arguments, run_command, write_file
 from distcv.config import InputError, Strict
+from distcv.environment import set_thread_environment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +61,7 @@ def main() -> int:
         raise InputError("no images: name files or folders after the run's folder")
     paths, unread = find_images(arguments.images)
 
+    set_thread_environment()
     import torch
 
     from distcv.trained import open_run
@@ -94,11 +96,7 @@ def main() -> int:
     for line in unread:
         print(f"skipped {line}", file=sys.stderr)
     if file := arguments.json_file:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows, indent=1) + "\n")
-        except OSError as error:
-            raise InputError(f"--json {file}: {error.strerror}: choose another file") from None
+        write_file("--json", file, lambda: file.write_text(json.dumps(rows, indent=1) + "\n"))
     return 2 if unread else 0
 
 
@@ -145,8 +143,9 @@ def read_image(path: Path, shape: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range: save it as PNG")
         if image.mode.startswith("I"):  # 16 bits; older versions of Pillow say 32
-            high = np.asarray(image).astype(np.uint32).clip(0, 65535) >> 8
-            image = Image.fromarray(high.astype(np.uint8))
+            values = np.asarray(image).astype(np.uint32).clip(0, 65535)
+            byte = image.mode == "I" and int(values.max()) < 256  # 32 bits that hold 8
+            image = Image.fromarray((values if byte else values >> 8).astype(np.uint8))
         elif image.has_transparency_data:
             image = _on_white(image)
         image = image.convert("L" if channels == 1 else "RGB")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command_line import parse_arguments, run_command, write_file
 from distcv.config import InputError, Recipe, Strict, load_recipe
 
 DETAILS = {"confusion", "mistakes"}  # of a result, which stay in the run folder
@@ -111,18 +111,37 @@ def read_run(folder: Path) -> Run:
     return Run(folder, recipe, result)
 
 
-def last_row(folder: Path) -> dict[str, Any] | None:
-    """The newest whole row of a run's metrics.jsonl, or None."""
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The whole rows of a run's metrics.jsonl; the last one may be being written."""
     try:
-        rows = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
     except (OSError, UnicodeDecodeError):
-        return None
-    for line in reversed(rows):
-        with contextlib.suppress(ValueError):  # the last one may be being written
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and {"event", "step", "epoch"} <= row.keys():
-                return row
-    return None
+                rows.append(row)
+    return rows
+
+
+def last_row(folder: Path) -> dict[str, Any] | None:
+    """The newest of them, or None."""
+    rows = read_rows(folder)
+    return rows[-1] if rows else None
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """What environment.json tells of a run's starts; nothing if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return [dict(s) for s in json.loads((folder / "environment.json").read_text())["starts"]]
+    return []
+
+
+def short_commit(commit: str) -> str:
+    """The first twelve digits, with `-dirty` if the clone was changed."""
+    return f"{commit[:12]}{commit[40:]}"
 
 
 def grouped(runs: list[Run]) -> list[list[Run]]:
@@ -204,8 +223,8 @@ def _notes(group: list[Run]) -> list[str]:
             lines.append(f"{label}: seed {seed} counts {count} times: {names}")
     commits = {str(run.result.get("commit")) for run in group if run.result is not None}
     if len(commits) > 1:
-        short = (f"{commit[:12]}{commit[40:]}" for commit in sorted(commits))  # with its -dirty
-        lines.append(f"{label}: runs of {len(commits)} commits: {', '.join(short)}")
+        short = ", ".join(map(short_commit, sorted(commits)))
+        lines.append(f"{label}: runs of {len(commits)} commits: {short}")
     return lines
 
 
@@ -231,12 +250,12 @@ def write_results(path: Path, runs: list[Run]) -> None:
         rows.append(figures | ({"recipe": differs} if differs else {}))
     # Tasks of a job array that end at the same time, on several nodes, write the same file.
     scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
         scratch.write_text(json.dumps(rows, indent=1) + "\n")
         scratch.replace(path)
-    except OSError as error:
-        raise InputError(f"--json {path}: {error.strerror}: choose another file") from None
+
+    write_file("--json", path, write)
 
 
 def command() -> None:

@@ -188,7 +188,8 @@ def _send(folder: Path, logs: list[Log], incomplete: bool) -> str:
                 f"artifact files are gone ({len(gone)}, as {gone[0]}): put them back, or send the "
                 f"rows alone by --incomplete ({_words(logs_sent, rows)})"
             )
-        sent = send_log(folder, log, {} if gone else lacking)
+        whole = {k: one for k, one in lacking.items() if all(map(Path.exists, files_of(one)))}
+        sent = send_log(folder, log, whole)
         log.synced.touch()
         logs_sent, rows, files_gone = logs_sent + (sent > 0), rows + sent, files_gone + len(gone)
     without = f", without artifact files that are gone ({files_gone})" if files_gone else ""

@@ -120,6 +120,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
         commit=start["commit"],
         samples=lambda: sample_picture(data, recipe),
     )
+    runtime.on_main(trackers.open)
     stop = StopRequest(folder.path)
 
     def log(row: dict[str, Any]) -> None:
@@ -164,6 +165,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
                     )
                 except InputError as error:
                     trackers.fail(str(error))
+                    runtime.wait()  # a launcher ends all as soon as one has left
                     raise
         if not stopped:
             evaluation = timed_evaluation(training, progress, stop)

@@ -7,15 +7,20 @@ ready (the ceiling), and the conventional one with worker processes.
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from pydantic import Field
 
 from distcv.bench.surroundings import shown_flags, users_environment
-from distcv.command_line import CommandLine, parse_known_arguments, read_command_line, run_command
+from distcv.command_line import (
+    CommandLine,
+    parse_known_arguments,
+    read_command_line,
+    run_command,
+    write_file,
+)
 from distcv.config import InputError, Strict
 from distcv.data import find_dataset
 from distcv.environment import describe_environment, launched, set_thread_environment
@@ -86,11 +91,11 @@ def main() -> int:
     record |= {**describe_environment(), **figures}
     del record["host"], record["system"]  # a result file is to be shown
     if file := arguments.json_file:
-        _write("--json", file, lambda: file.write_text(json.dumps(record, indent=1) + "\n"))
+        write_file("--json", file, lambda: file.write_text(json.dumps(record, indent=1) + "\n"))
     if picture := arguments.plot:
         from distcv.bench.plot import draw
 
-        _write("--plot", picture, lambda: draw(record, picture))
+        write_file("--plot", picture, lambda: draw(record, picture))
     return 0
 
 
@@ -107,14 +112,6 @@ def _check(arguments: Arguments) -> None:
     if launched() and (arguments.to_accuracy or arguments.processes):
         flag = "--to-accuracy" if arguments.to_accuracy else "--processes"
         raise InputError(f"{flag} starts processes by itself: leave accelerate launch away")
-
-
-def _write(flag: str, file: Path, write: Callable[[], Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        raise InputError(f"{flag} {file}: {error.strerror}: choose another file") from None
 
 
 def command() -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Strict
+from distcv.environment import set_thread_environment
 
 SAMPLES = 100  # test images on which the file is checked, one at a time and all together
 CARD = "README.md"
@@ -51,6 +52,7 @@ def main() -> None:
     if arguments.to == "onnx":
         _require("onnx", "onnxscript", "onnxruntime")
     _check_place(folder, name)
+    set_thread_environment()
 
     from distcv.export.card import model_card
     from distcv.export.formats import READ, WRITE, check, properties
@@ -91,7 +93,7 @@ def _check_place(folder: Path, name: str) -> None:
         return
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: choose another --output") from None
-    if present and present != {name, CARD}:
+    if present and not {name} <= present <= {name, CARD}:
         raise InputError(f"{folder} holds other files: choose a new or empty folder by --output")
 
 

@@ -4,8 +4,6 @@ In the form of the Hugging Face hub: a README.md headed by YAML
 (https://huggingface.co/docs/hub/model-cards). The license is left to whoever publishes it.
 """
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ import torch
 import yaml
 from torch import nn
 
-from distcv.compare import read_starts
 from distcv.export.formats import TOLERANCE, Checked
 from distcv.models import build_model
-from distcv.results import read_run
+from distcv.results import read_rows, read_run, read_starts
 from distcv.summary import layer_table
 from distcv.trained import TrainedNetwork, Which
 
@@ -87,13 +84,8 @@ def model_card(trained: TrainedNetwork, to: str, which: Which, file: Path, check
 
 def evaluation(trained: TrainedNetwork) -> dict[str, Any] | None:
     """The row of metrics.jsonl that was measured with this checkpoint; None if there is none."""
-    with contextlib.suppress(OSError):
-        for line in (trained.folder / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-                row = json.loads(line)
-                if row["event"] == "epoch" and row["step"] == trained.step:
-                    return dict(row)
-    return None
+    rows = (row for row in read_rows(trained.folder) if row["event"] == "epoch")
+    return next((row for row in rows if row["step"] == trained.step), None)
 
 
 def _metadata(trained: TrainedNetwork, to: str, evaluated: dict[str, Any] | None) -> dict[str, Any]:

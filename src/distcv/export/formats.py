@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distcv import __version__
-from distcv.compare import read_starts
 from distcv.config import InputError
 from distcv.models import build_model
+from distcv.results import read_starts
 from distcv.trained import TrainedNetwork
 
 TOLERANCE = 1e-4  # of the largest logit; fp32 in another order of summation

@@ -3,6 +3,7 @@
 One HTML file that needs nothing beside it, the same as Markdown, and a PNG file of each plot.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Strict
 from distcv.environment import set_thread_environment
 from distcv.results import Run, read_runs
+
+GENERATOR = '<meta name="generator" content="distcv.report">'
 
 
 class Arguments(Strict):
@@ -46,14 +49,17 @@ def main() -> None:
     from distcv.report.compose import compose
     from distcv.report.render import to_html, to_markdown
 
+    folder = arguments.output or _default_folder(runs)
+    stale = _earlier_report(folder)
     page = compose(runs, arguments.data_dir, arguments.target)
     files = page.pictures() | {
         "report.md": to_markdown(page).encode(),
         "index.html": to_html(page).encode(),
     }
-    folder = arguments.output or _default_folder(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in stale - files.keys():
+            (folder / name).unlink(missing_ok=True)
         for name, contents in files.items():
             (folder / name).write_bytes(contents)
     except OSError as error:
@@ -61,6 +67,20 @@ def main() -> None:
     print(
         f"{folder / 'index.html'} ({len(files['index.html']) / 1e6:.2f} MB), report.md and "
           f"{len(files) - 2} PNG files")  # fmt: skip
+
+
+def _earlier_report(folder: Path) -> set[str]:
+    """The pictures of an earlier report there, which is replaced.
+
+    Raises:
+        InputError: the folder holds another page.
+    """
+    page, text = folder / "index.html", folder / "report.md"
+    if page.exists() and GENERATOR not in page.read_text(errors="replace"):
+        raise InputError(f"{page} is no report of distcv: choose another --output")
+    if not page.exists() or not text.exists():
+        return set()
+    return set(re.findall(r"\]\(([\w-]+\.png)\)", text.read_text(errors="replace")))
 
 
 def _default_folder(runs: list[Run]) -> Path:

@@ -46,9 +46,11 @@ class Series:
 
     @property
     def mean(self) -> Line:
-        """Over the runs, at the points that all of them have."""
+        """Over the runs, at the points that all of them have; else the first run's line."""
         columns = [dict(line) for line in self.lines]
         shared = sorted(set.intersection(*map(set, columns))) if columns else []
+        if columns and not shared:  # they were logged at other steps
+            return self.lines[0]
         return [(x, sum(column[x] for column in columns) / len(columns)) for x in shared]
 
 
@@ -117,10 +119,12 @@ def log_axis(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def accuracy_limits(series: Sequence[Series]) -> tuple[float, float]:
+def accuracy_limits(series: Sequence[Series], target: float | None = None) -> tuple[float, float]:
     """A range that shows where the curves end: four times as far from 100 as the worst end."""
-    values = [y for one in series for line in one.lines for _, y in line]
-    ends = [line[-1][1] for one in series for line in one.lines]
+    lines = [line for one in series for line in (*one.lines, *one.open_lines)]
+    asked = [] if target is None else [target]
+    values = [y for line in lines for _, y in line] + asked
+    ends = [line[-1][1] for line in lines] + asked
     bottom = max(min(values), 100 - 4 * (100 - min(ends)))
     room = 0.04 * (max(values) - bottom) or 0.5
     return bottom - room, min(max(values) + 2 * room, 100 + room)

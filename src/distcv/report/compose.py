@@ -87,7 +87,7 @@ def _learning(groups: list[Group], target: float | None) -> Iterator[Block]:
         if not both:
             continue
         logarithmic = what == "loss" and spans_decades(both)
-        limits = accuracy_limits(both) if what == "accuracy" else None
+        limits = accuracy_limits(both, target) if what == "accuracy" else None
         for part, series in (("train", train), ("test", test)):
             unit = ", percent" if what == "accuracy" else ", log scale" if logarithmic else ""
             note = "Augmented images, during the epoch." if part == "train" else "Whole test set."

@@ -4,7 +4,8 @@ from typing import Any
 
 from distcv.report.page import Table, Text
 from distcv.report.records import Group, Record
-from distcv.report.tables import NONE, short_commit
+from distcv.report.tables import NONE
+from distcv.results import short_commit
 
 FIELDS = ("python", "distcv", "cpu", "cores", "threads", "wait_policy", "spin_count", "device",
           "processes", "nodes", "strategy")  # fmt: skip
@@ -44,7 +45,7 @@ def _environment(record: Record) -> dict[str, str]:
     """Fields, versions and options of a run's last start that are known."""
     options = record.environment("options") or {}
     versions = record.environment("versions") or {}
-    found = {"commit": short_commit(record.environment("commit"))}
+    found = {"commit": short_commit(record.environment("commit") or NONE)}
     found |= {name: _word(record.environment(name)) for name in FIELDS}
     found |= {name: _word(version) for name, version in versions.items()}
     return found | {name: _word(options[name]) for name in OPTIONS if name in options}
@@ -53,7 +54,7 @@ def _environment(record: Record) -> dict[str, str]:
 def _same(records: list[Record]) -> str:
     first = records[0]
     torch = (first.environment("versions") or {}).get("torch", NONE)
-    commit = short_commit(first.environment("commit"))
+    commit = short_commit(first.environment("commit") or NONE)
     words = f"commit {commit}, Python {first.environment('python') or NONE}, torch {torch}"
     return f"Environment{' of all runs' if len(records) > 1 else ''}: {words}."
 

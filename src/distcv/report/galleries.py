@@ -36,7 +36,7 @@ class Images:
             from distcv.training import load_data
 
             try:
-                self.held[key] = load_data(recipe, self.data_dir, lambda _: None)
+                self.held[key] = load_data(recipe, self.data_dir, print)
             except InputError:
                 self.held[key] = (
                     f"The test images of {recipe.dataset} could not be had, so none are shown: "
@@ -96,6 +96,9 @@ def heat_maps(group: Group, name: str, images: Images) -> list[Block]:
     for record in group.shown or group.records:
         try:
             network = open_run(record.run.folder)
+        except OSError:  # of a run under way, which has just replaced it
+            problem = f"{record.name}: its checkpoint is gone."
+            continue
         except InputError as error:
             problem = f"{record.name}: {str(error).replace(str(record.run.folder), record.name)}."
             continue

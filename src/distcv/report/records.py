@@ -1,14 +1,12 @@
 """What is read of the run folders, and the groups that one recipe's seeds form."""
 
-import contextlib
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distcv.results import Run, differences, grouped
+from distcv.results import Run, differences, grouped, read_rows, read_starts
 
 Row = dict[str, Any]
 
@@ -53,7 +51,17 @@ class Group:
 
     @property
     def finished(self) -> list[Record]:
-        return [record for record in self.records if record.result]
+        """Finished runs, one of each seed: another one is no further sample."""
+        first: dict[int, Record] = {}
+        for record in self.records:
+            if record.result:
+                first.setdefault(record.seed, record)
+        return list(first.values())
+
+    @property
+    def repeated(self) -> list[Record]:
+        """Finished runs of seeds that are counted already."""
+        return [r for r in self.records if r.result and r not in self.finished]
 
     @property
     def shown(self) -> list[Record]:
@@ -77,33 +85,14 @@ def read_groups(runs: list[Run]) -> list[Group]:
 
 
 def _read(name: str, run: Run) -> Record:
-    rows = _rows(run.folder / "metrics.jsonl")
-    starts: list[Row] = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((run.folder / "environment.json").read_text())["starts"]
-        starts = [start for start in found if isinstance(start, dict)]
+    rows = read_rows(run.folder)
     return Record(
         name,
         run,
         [row for row in rows if row["event"] == "epoch"],
         [row for row in rows if row["event"] == "train"],
-        starts,
+        read_starts(run.folder),
     )
-
-
-def _rows(path: Path) -> list[Row]:
-    """The rows that can be read; the last one may be being written."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"event", "step", "epoch"} <= row.keys():
-                rows.append(row)
-    return rows
 
 
 def _names(folders: list[Path]) -> list[str]:

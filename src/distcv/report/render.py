@@ -1,6 +1,7 @@
 """The page as HTML in one file, and as Markdown beside PNG files."""
 
 import base64
+import html
 import re
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _block(block: Block) -> str:
         return "\n\n".join(_image(c.name, c.alt, c.caption) for c in block.charts)
     if isinstance(block, Gallery):
         return _image(block.name, block.alt, block.caption)
-    summary = _plain(block.summary)
+    summary = html.escape(block.summary)
     return (
         f"<details><summary>{summary}</summary>\n\n```yaml\n{block.text.strip()}\n```\n\n</details>"
     )

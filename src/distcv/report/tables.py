@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from distcv.intervals import mean_interval
 from distcv.report.page import Table
 from distcv.report.records import Group, Record, finite
+from distcv.results import short_commit
 
 NONE = "–"
 Point = tuple[float, float]  # epoch, value
@@ -55,7 +55,7 @@ def facts(group: Group, target: float | None) -> dict[str, str]:
     lines["Epochs"] = _epochs(group)
     lines["Runs"] = _runs(group)
     lines["Last test accuracy"] = figures(last)
-    if len(last) > 1:
+    if len(group.finished) > 1:
         _, low, high = mean_interval(last)
         lines["95 % interval of mean"] = f"{low:.2f} to {high:.2f}"
     lines["Best test accuracy"] = _with_epochs([_best(r) for r in group.shown])
@@ -68,17 +68,30 @@ def facts(group: Group, target: float | None) -> dict[str, str]:
     for part in ("test", "train"):
         losses = [points[-1][1] for points in _points(group, f"{part}_loss")]
         lines[f"Last {part} loss"] = figures(losses, 4)
-    seconds = group.results("seconds")
-    lines["Time"] = duration(statistics.mean(seconds)) if seconds else NONE
-    lines["Images per second"] = figures(group.results("images_per_second"), 0)
+    alike = len(set(map(hardware_of, group.finished))) == 1  # else their mean says nothing
+    lines["Time"] = duration(statistics.mean(group.results("seconds"))) if alike else NONE
+    rates = group.results("images_per_second") if alike else []
+    lines["Images per second"] = figures(rates, 0)
     lines["Hardware"] = hardware(group)
     lines["Analysis"] = analysis(group)
     return lines
 
 
 def last_accuracies(group: Group) -> list[float]:
-    """Test accuracy of each run at its last epoch: the result's, or the newest there is."""
-    return [_last(record) for record in group.shown]
+    """Test accuracy of each run at its last epoch.
+
+    Where none is finished, at the newest epoch that all have reached.
+    """
+    if group.finished:
+        return [_last(record) for record in group.finished]
+    epoch = common_epoch(group)
+    return [dict(points)[epoch] for points in _points(group, "test_accuracy") if epoch]
+
+
+def common_epoch(group: Group) -> float:
+    """The newest epoch at which all runs were evaluated; 0 if there is none."""
+    evaluated = [{epoch for epoch, _ in points} for points in _points(group, "test_accuracy")]
+    return max(set.intersection(*evaluated), default=0) if evaluated else 0
 
 
 def _last(record: Record) -> float:
@@ -103,7 +116,7 @@ def _with_epochs(points: list[Point]) -> str:
     """As `99.38 ± 0.05 (epochs 3 to 4)`."""
     if not points:
         return NONE
-    epochs = [f"{epoch:.3g}" for epoch in sorted({epoch for epoch, _ in points})]
+    epochs = [f"{epoch:.6g}" for epoch in sorted({epoch for epoch, _ in points})]
     where = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
     return f"{figures([value for _, value in points])} ({where})"
 
@@ -119,7 +132,7 @@ def _target(accuracies: list[float], target: float) -> str:
 
 def _epochs(group: Group) -> str:
     planned = group.records[0].run.recipe.epochs
-    done = sorted({f"{record.result['epochs']:.3g}" for record in group.finished})
+    done = sorted({f"{record.result['epochs']:.6g}" for record in group.finished})
     if done and done != [f"{planned}"]:
         return f"{' or '.join(done)} (of {planned})"
     return f"{planned}"
@@ -130,14 +143,17 @@ def _runs(group: Group) -> str:
     words = []
     if group.finished:
         words.append(f"n = {len(group.finished)}, seed{'s' * (len(group.finished) > 1)} {seeds}")
-    if open_runs := len(group.records) - len(group.finished):
+    if group.repeated:
+        names = ", ".join(record.name for record in group.repeated)
+        words.append(f"not counted, being of the same seeds: {names}")
+    if open_runs := sum(not record.result for record in group.records):
         words.append(f"{open_runs} not finished")
     return "; ".join(words)
 
 
 def hardware(group: Group) -> str:
     """What the runs ran on; each kind once."""
-    return " or ".join(dict.fromkeys(hardware_of(record) for record in group.records))
+    return " or ".join(dict.fromkeys(map(hardware_of, group.finished or group.records)))
 
 
 def hardware_of(record: Record) -> str:
@@ -184,8 +200,8 @@ def summary(group: Group, target: float | None) -> tuple[str, str]:
         return what, ": nothing was evaluated yet."
     accuracy = f"{what}: {figures(last)}\N{NO-BREAK SPACE}%"
     if not group.finished:
-        reached = max(record.epochs[-1]["epoch"] for record in group.shown)
-        return accuracy, f" test accuracy at epoch {reached:.3g} of {recipe.epochs}; not finished."
+        reached = f"{common_epoch(group):.6g} of {recipe.epochs}"
+        return accuracy, f" test accuracy at epoch {reached} (n = {len(last)}); not finished."
     words = " test accuracy at the last epoch"
     if len(last) > 1:
         _, low, high = mean_interval(last)
@@ -195,8 +211,9 @@ def summary(group: Group, target: float | None) -> tuple[str, str]:
         words += " (one run)"
     if sizes := group.results("params"):
         words += f", {sizes[0]:,} parameters"
-    seconds = duration(statistics.mean(group.results("seconds")))
-    words += f", {seconds} of training on {hardware(group)}."
+    if len(set(map(hardware_of, group.finished))) == 1:
+        words += f", {duration(statistics.mean(group.results('seconds')))} of training"
+    words += f" on {hardware(group)}."
     return accuracy, words + (f" Target {_target(last, target)}." if target is not None else "")
 
 
@@ -217,7 +234,7 @@ def runs_table(groups: list[Group]) -> Table:
             accuracy = figures([result["test_accuracy"]]) if result else _so_far(record)
             loss = f"{result['test_loss']:.4f}" if "test_loss" in result else NONE
             time = duration(result["seconds"]) if result else NONE
-            commit = short_commit(record.environment("commit"))
+            commit = short_commit(record.environment("commit") or NONE)
             started = _moment(record)
             rows.append([record.name, group.label, str(record.seed), accuracy, loss, time, commit,
                          started])  # fmt: skip
@@ -228,7 +245,8 @@ def _moment(record: Record) -> str:
     """When a run was started first, and how often."""
     if not record.starts:
         return NONE
-    first = datetime.fromisoformat(record.starts[0]["time"]).strftime("%Y-%m-%d %H:%M")
+    time = record.starts[0].get("time")
+    first = datetime.fromisoformat(time).strftime("%Y-%m-%d %H:%M") if time else NONE
     return f"{first}, {len(record.starts)} starts" if len(record.starts) > 1 else first
 
 
@@ -238,9 +256,4 @@ def _so_far(record: Record) -> str:
         return "no step yet"
     row = rows[-1]
     accuracy = f"{row['test_accuracy']:.2f} at " if "test_accuracy" in row else "at "
-    return f"{accuracy}epoch {row['epoch']:.3g} of {record.run.recipe.epochs}, not finished"
-
-
-def short_commit(commit: Any) -> str:
-    """The first twelve digits, with `-dirty` if the clone was changed."""
-    return f"{commit[:12]}{commit[40:]}" if isinstance(commit, str) else NONE
+    return f"{accuracy}epoch {row['epoch']:.6g} of {record.run.recipe.epochs}, not finished"

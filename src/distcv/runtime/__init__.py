@@ -196,14 +196,19 @@ class Runtime:
         if self._scaler or self.strategy.has_engine:
             optimizer.step()
             optimizer.zero_grad()
+            self.strategy.stepped()
         elif self.last_part:
             self.strategy.optimizer.step()
             self.strategy.optimizer.zero_grad()
 
     def clip(self, model: nn.Module, norm: float) -> None:
         """Scale the whole gradient down to this norm, if it is larger; DeepSpeed does it itself."""
-        if not self.strategy.has_engine:
-            self.norm = self.accelerator.clip_grad_norm_(model.parameters(), norm)
+        if self.strategy.has_engine:
+            self.strategy.clip(norm)
+            return
+        if self._scaler:  # Accelerate, told nothing of fp16, would take the scaled gradient
+            self._scaler.unscale_(self.strategy.optimizer)
+        self.norm = self.accelerator.clip_grad_norm_(model.parameters(), norm)
 
     def gradient_norm(self) -> float | None:
         """L2 norm of the whole gradient before it was clipped last; waits for the device.

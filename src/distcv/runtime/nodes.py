@@ -1,6 +1,7 @@
 """System metrics of all nodes, gathered where the processes exchange figures anyway."""
 
 import contextlib
+import math
 import os
 
 import psutil
@@ -11,14 +12,15 @@ class NodeMetrics:
     """Load of the processor, memory and GPUs of every node, in percent.
 
     Each process adds its share to a row of numbers (:meth:`share`), whose sum over all processes is
-    read (:meth:`read`). Nodes have the same number of processes, as torchrun wants it.
+    read (:meth:`read`). What can't be told is left out.
     """
 
     KEYS = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")
 
     def __init__(self, rank: int, processes: int, device: torch.device) -> None:
         self.on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.node, self.nodes = rank // self.on_node, max(1, processes // self.on_node)
+        self.node = int(os.environ.get("GROUP_RANK", rank // self.on_node))
+        self.nodes = int(os.environ.get("GROUP_WORLD_SIZE", max(1, processes // self.on_node)))
         self.device = device
         self.keys = self.KEYS if device.type == "cuda" else self.KEYS[:2]
         psutil.cpu_percent()  # it counts from here
@@ -28,7 +30,7 @@ class NodeMetrics:
         values = [psutil.cpu_percent(), psutil.virtual_memory().percent]
         if self.device.type == "cuda":
             free, whole = torch.cuda.mem_get_info(self.device)
-            busy = 0.0
+            busy = math.nan
             with contextlib.suppress(Exception):  # it takes NVIDIA's management library
                 busy = float(torch.cuda.utilization(self.device))
             values += [busy, 100 * (1 - free / whole)]
@@ -41,4 +43,5 @@ class NodeMetrics:
         """The metrics of each node, from the sum over all processes."""
         width = len(self.keys)
         parts = [total[start : start + width] for start in range(0, len(total), width)]
-        return [dict(zip(self.keys, part, strict=True)) for part in parts]
+        told = [zip(self.keys, part, strict=True) for part in parts]
+        return [{key: value for key, value in node if math.isfinite(value)} for node in told]

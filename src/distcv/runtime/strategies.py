@@ -48,6 +48,12 @@ class WholeCopies:
         scaler: torch.amp.GradScaler | None = accelerator.scaler
         return scaler
 
+    def clip(self, norm: float) -> None:
+        """Called before a step whose gradient an engine is to clip."""
+
+    def stepped(self) -> None:
+        """Called after a step that an engine or a loss scaler has made, or left out."""
+
     def gradient_norm(self, clipped: Any) -> Any:
         """The norm of the whole gradient, from what clipping it has returned."""
         return clipped

@@ -1,5 +1,6 @@
 """What a run shows while it goes on: the console here and there, W&B, TensorBoard and trackio."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distcv.command_line import RunOptions
-from distcv.config import Recipe
+from distcv.config import InputError, Recipe
 from distcv.preempt import STOPPED
 from distcv.run_folder import RunFolder
 from distcv.runtime import Runtime
@@ -46,11 +47,25 @@ class Trackers:
         self.first_steps: dict[str, int] = {}
         self.held: dict[str, Any] = {}  # of a row that waits for another one of its step
         self.held_for_wandb: dict[str, Any] = {}  # a picture, for its first row
+        self.wandb_begins = 0  # the first step that W&B lacked when it was opened last
         self.stall: StallWatch | None = None
-        # W&B first: only it can fail to start
         self.names = sorted(options.track, reverse=True) if runtime.is_main else []
-        if self.names:
+
+    def open(self) -> None:
+        """Start following; to be called by the main process.
+
+        Raises:
+            InputError: a tracker can't be started, other than for want of W&B's server.
+        """
+        if not self.names:
+            return
+        try:
             self._open()
+        except Exception as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"--track {' '.join(self.names)}: {problem}: mend it, or leave one out"
+            ) from None
 
     @property
     def wandb(self) -> Any:
@@ -71,9 +86,11 @@ class Trackers:
             if offline:
                 options["wandb"]["mode"] = "offline"
         if "trackio" in self.names:
-            options["trackio"] = trackio_run.settings(self.folder, config, group)
+            options["trackio"] = trackio_run.settings(self.folder, config, group, new=not rows)
         if "tensorboard" in self.names:
-            seen = rows[-1]["step"] + 1 if rows and events.exists() else 0
+            seen = 0
+            if rows and events.exists():
+                seen = rows[-1]["step"] + (not self._waits(rows[-1]))
             first = self.first_steps.setdefault("tensorboard", seen)
             options["tensorboard"] = {"purge_step": first}  # rows that will be there again
         try:
@@ -89,9 +106,11 @@ class Trackers:
             run.define_metric("epoch")
             run.define_metric("val/*", step_metric="epoch")
             missing = wandb_run.first_missing_step(run, self.folder) if rows else 0
-            self.first_steps["wandb"] = missing
+            self.first_steps["wandb"] = self.wandb_begins = missing
         if "trackio" in self.names:
-            missing = trackio_run.first_missing_step(self.options.project, self.folder)
+            missing = 0
+            if rows:
+                missing = trackio_run.first_missing_step(self.options.project, self.folder)
             self.first_steps.setdefault("trackio", missing)
         if "tensorboard" in self.names:
             text = f"```yaml\n{self.recipe.to_yaml()}```"
@@ -119,7 +138,9 @@ class Trackers:
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics.jsonl, unless it was sent before the run was killed."""
         self._attempt(lambda: self._send(row))
-        if self.stall is None and self.wandb:  # from now on: a first step may compile for minutes
+        # From now on: a first step may be compiled for minutes, and so may a first evaluation.
+        compiled = row["event"] == "epoch" or not self.options.compile
+        if self.stall is None and self.wandb and compiled:
             limit = self.options.hang_timeout / 2  # in time, before the processes give up
             self.stall = StallWatch(self.runtime.idle_seconds, limit, self._stalled)
 
@@ -127,10 +148,7 @@ class Trackers:
         if row["step"] < min(self.first_steps.values()):
             return
         self.held |= _tracked(row)
-        # W&B takes one row a step: that of an epoch's last step waits for the evaluation, before
-        # which the run may be stopped.
-        last = row["epoch"] % 1 == 0 or row["step"] == self.recipe.max_steps
-        if row["event"] != "epoch" and last:
+        if self._waits(row):
             return
         for name in self.names:
             if row["step"] >= self.first_steps[name]:
@@ -140,6 +158,15 @@ class Trackers:
                 self.runtime.track(name, self.held, row["step"])
                 self.first_steps[name] = row["step"] + 1
         self.held = {}
+
+    def _waits(self, row: dict[str, Any]) -> bool:
+        """Whether a row is sent together with a later one of its step.
+
+        W&B takes one row a step: that of an epoch's last step waits for the evaluation, before
+        which the run may be stopped.
+        """
+        last = row["epoch"] % 1 == 0 or row["step"] == self.recipe.max_steps
+        return bool(last and row["event"] != "epoch")
 
     def show_result(self, result: dict[str, Any], pictures: Any, *, last: Path, best: Path) -> None:
         """Charts, tables, the model, and an alert that the run is finished.
@@ -162,15 +189,20 @@ class Trackers:
                 wandb_run.forget_service()
                 self._open(offline=True)
                 run = self.wandb
-            step = result["steps"]
-            # Into the row of the last step, unless that was sent by a process that was killed then.
-            run.log(wandb_run.findings(result, pictures), step=max(step, run.step))
+            # Into the row of the last step, unless that is in another log, or was sent by a process
+            # that was killed then.
+            step = max(result["steps"], run.step, self.wandb_begins)
+            told = run.summary.get("mistakes") is not None  # before it was killed
+            if not told:
+                run.log(wandb_run.findings(result, pictures), step=step)
             keys = ("test_accuracy", "best_test_accuracy", "seed", "steps")
             figures = {key: result[key] for key in keys}
             wandb_run.log_models(run, self.folder, last, best, figures)
             text = f"test accuracy {result['test_accuracy']:.2f} % in {result['seconds']:.0f} s"
-            run.alert("finished", f"{self.folder.path.name}: {text}", level="INFO")
+            if not told:
+                run.alert("finished", f"{self.folder.path.name}: {text}", level="INFO")
 
+        self._close_watch()  # no step ends while a model is sent
         self._attempt(show)
 
     def close(self, *, stopped: bool = False) -> None:
@@ -234,6 +266,8 @@ class Trackers:
                 self._open()
                 action()
         except Exception as error:
+            with contextlib.suppress(Exception):
+                self._end()
             self.names = []
             self.console.say(
                 f"trackers are given up ({type(error).__name__}): metrics.jsonl goes on without"

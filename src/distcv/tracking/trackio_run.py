@@ -8,7 +8,7 @@ from typing import Any
 from distcv.run_folder import RunFolder
 
 
-def settings(folder: RunFolder, config: dict[str, Any], group: str) -> dict[str, Any]:
+def settings(folder: RunFolder, config: dict[str, Any], group: str, *, new: bool) -> dict[str, Any]:
     """Arguments of ``trackio.init``; to be called before trackio is imported.
 
     It keeps nothing in the home folder, and asks nothing of the network unless the user has named
@@ -25,7 +25,7 @@ def settings(folder: RunFolder, config: dict[str, Any], group: str) -> dict[str,
         "name": folder.path.name,
         "group": group,
         "config": config,
-        "resume": "allow",
+        "resume": "never" if new else "allow",  # a run of that name may have been deleted
         "embed": False,
         "auto_log_cpu": False,
         "auto_log_gpu": False,

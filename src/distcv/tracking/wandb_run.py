@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from urllib.error import HTTPError
 import numpy as np
 
 from distcv.config import Recipe
-from distcv.environment import git_remote, wandb_key, wandb_server, without_password
+from distcv.environment import git_remote, wandb_key, wandb_server
 from distcv.run_folder import RunFolder
 from distcv.wandb_log import read_records
 
 # A server that answers may take its time for a model, one that doesn't costs these together.
 ANSWER_SECONDS, PROBE_SECONDS, FINISH_SECONDS = 8, 5, 12
-UPLOAD_SECONDS = 600
+UPLOAD_SECONDS = 240  # the other processes wait, and would take ten minutes for a failure
 
 
 def settings(
@@ -29,7 +30,7 @@ def settings(
 
     root = str(folder.path.resolve())
     if "WANDB_BASE_URL" in os.environ:  # W&B would print a password in it
-        os.environ["WANDB_BASE_URL"] = without_password(wandb_server())
+        os.environ["WANDB_BASE_URL"] = wandb_server()
     os.environ.setdefault("WANDB_DATA_DIR", root)  # artifacts wait for their sync in the run folder
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key() else "offline")
     return {
@@ -136,15 +137,16 @@ def log_models(
             artifact.add_file(str(file), skip_cache=True, policy="immutable")
         aliases = ["best"] * (path == best) + ["latest"] * (path == last)
         logged.append(run.log_artifact(artifact, aliases=aliases))
+    deadline = time.monotonic() + UPLOAD_SECONDS
     if not run.offline:
-        all(_taken(artifact) for artifact in logged)
+        all(_taken(artifact, deadline) for artifact in logged)
 
 
-def _taken(artifact: Any) -> bool:
+def _taken(artifact: Any, deadline: float) -> bool:
     """Wait until the server has an artifact, for as long as it answers at all."""
     from wandb.sdk.artifacts.exceptions import WaitTimeoutError
 
-    for _ in range(UPLOAD_SECONDS // ANSWER_SECONDS):
+    while time.monotonic() < deadline:
         try:
             artifact.wait(timeout=ANSWER_SECONDS)
             return True
