@@ -5,7 +5,7 @@ import time
 
 import pytest
 from runs import Runs
-from wandb_runs import check_findings, check_whole, run_of
+from wandb_runs import check_findings, check_whole, run_of, sync
 from wandb_server import WandbServer
 
 from distcv.data.readers import Arrays
@@ -30,7 +30,7 @@ def test_a_server_that_fails_for_a_while_gets_all_in_the_end(
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hangs", "dies"])
 def test_a_server_that_is_gone_costs_no_speed_and_half_a_minute_at_most(
-    fault: str, runs: Runs, server: WandbServer, mnist: object
+    fault: str, runs: Runs, server: WandbServer, mnist: Arrays
 ) -> None:
     process = runs.start("r", *FLAGS, "--max-steps", "300")
     runs.wait_for_step("r", 150, process)
@@ -52,3 +52,8 @@ def test_a_server_that_is_gone_costs_no_speed_and_half_a_minute_at_most(
     after = [row["images_per_second"] for row in rows if row["step"] > last + 10]
     # On a busy machine a tenth is noise; a step that waited for the server would be far slower.
     assert statistics.median(after) >= 0.75 * statistics.median(before)
+    server.heal()
+    sync(runs, "r")
+    check_findings(runs, "r", server, mnist)
+    steps = [row["_step"] for row in run_of(runs, "r", server).history]
+    assert steps == [*range(10, 301, 10), 301], "each row once; the result was logged offline"
