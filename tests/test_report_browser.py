@@ -1,7 +1,6 @@
 """The report in a real browser: headless Chromium."""
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 PHONE, DESKTOP, PAPER = 360, 1100, 680  # CSS pixels; A4 less its margins is 680 wide
-AXE = "axe-core@4.10.3"
 SCHEMES = ("light", "dark")
 
 # Pixels of each text on the screen, SVG's by the scale of its picture.
@@ -76,17 +74,10 @@ def opened(browser: "Browser", address: str, request: pytest.FixtureRequest) -> 
 
 
 @pytest.fixture(scope="session")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, from the npm registry."""
-    folder = tmp_path_factory.mktemp("axe")
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("no npm to fetch axe-core with")
-    packed = subprocess.run([npm, "pack", AXE], cwd=folder, capture_output=True, timeout=120)
-    if packed.returncode:
-        pytest.skip(f"npm can't fetch {AXE}")
-    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, filter="data")
-    return (folder / "package/axe.min.js").read_text()
+def axe() -> str:
+    """The source of axe-core."""
+    package = pytest.importorskip("axe_playwright_python", reason="no axe-playwright-python")
+    return (Path(package.__file__).parent / "axe.min.js").read_text()
 
 
 def test_nothing_fails_and_nothing_is_fetched(browser: "Browser", address: str) -> None:
