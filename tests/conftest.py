@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     from distcv.bench.loops import OwnLoop
 
 DEAD = "http://127.0.0.1:9/"  # the discard port, where nobody listens
+
+
+@pytest.fixture(autouse=True)
+def no_process_of_wandb_is_left() -> Iterator[None]:
+    """A test that uses W&B's client ends its process, which others would look for."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 @pytest.fixture(scope="session")

@@ -245,7 +245,8 @@ def test_a_requeued_job_goes_on_with_its_run_in_wandb(
             site.cluster.run("scontrol", "requeue", job)
     for job, restarts in ((online, 2), (offline, 2), (agent, 1)):
         site.finish(job, restarts)
-    assert [run.state for run in server.runs.values()] == ["finished", "finished"]
+    states = [run.state for run in server.runs.values()]
+    assert states == ["finished", "finished"], "\n".join(map(site.log, (online, offline)))
     sync(site.runs, names[offline])
     assert len(server.runs) == 3 and server.unknown == set()
     by_name = {run.fields["displayName"]: run for run in server.runs.values()}

@@ -266,7 +266,7 @@ def test_how_the_batch_is_dealt_out(words: list[str], line: str, clone: Clone) -
         (["slurm/mnits.sh"], "template slurm/mnits.sh: No such file or directory: did you mean "
          "'slurm/mnist.sh'?"),
         (["slurm/mnist.sh", "--nodez", "2"], "unknown flag '--nodez': did you mean '--nodes'?"),
-        (["slurm/mnist.sh", "--epochz=2"], "unknown flag '--epochz=2': did you mean '--epochs'?"),
+        (["slurm/mnist.sh", "--epochz=2"], "unknown flag '--epochz': did you mean '--epochs'?"),
         (["slurm/mnist.sh", "--model", "gab"], "unknown model 'gab': did you mean 'gap'?"),
         (["slurm/mnist.sh", "--epochs", "0"], "--epochs 0: input should be greater than or equal"),
         (["slurm/mnist.sh", "--dataset", "mnits"], "unknown dataset 'mnits': did you mean 'mnist'"),

@@ -18,7 +18,7 @@ from distcv.run_folder import RunFolder
 from distcv.wandb_log import read_records
 
 # A server that answers may take its time for a model, one that doesn't costs these together.
-ANSWER_SECONDS, PROBE_SECONDS, FINISH_SECONDS = 8, 5, 12
+ANSWER_SECONDS, PROBE_SECONDS, FINISH_SECONDS = 5, 4, 20
 UPLOAD_SECONDS = 240  # the other processes wait, and would take ten minutes for a failure
 
 
@@ -134,7 +134,7 @@ def log_models(
         artifact = wandb.Artifact(name, type="model", metadata=figures)
         for file in [*sorted(path.iterdir()), folder.path / "config.yaml"]:
             # Not copied: a checkpoint of a finished run is neither changed nor removed.
-            artifact.add_file(str(file), skip_cache=True, policy="immutable")
+            artifact.add_file(str(file.resolve()), skip_cache=True, policy="immutable")
         aliases = ["best"] * (path == best) + ["latest"] * (path == last)
         logged.append(run.log_artifact(artifact, aliases=aliases))
     deadline = time.monotonic() + UPLOAD_SECONDS
