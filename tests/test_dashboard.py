@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from wandb_runs import be_client
 from wandb_server import ENTITY, WandbServer
 
 from distcv import dashboard
@@ -100,15 +101,10 @@ def test_what_it_shows_is_logged(printed: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    server = WandbServer()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    for name, value in (server.environment | {"HOME": str(tmp_path)}).items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.close()
-    assert server.unknown == set(), "the client asked for more than the server has"
+def server(server: WandbServer, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> WandbServer:
+    """A server whose key is known."""
+    be_client(server, monkeypatch, HOME=str(tmp_path))
+    return server
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ FLOORS = {
     "__init__": 0, "config": 0, "command_line": 0, "environment": 0,
     "intervals": 0,
     "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "trivial_augment": 1, "optim": 1,
-    "samples": 1, "wandb_log": 1,
+    "samples": 1, "wandb_api": 1, "wandb_log": 1,
     "runtime": 2,
     "arithmetic": 3,
     "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,

@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +75,6 @@ def test_the_commands_of_its_head_fit(path: Path) -> None:
     assert (ROOT / slurm[-2]).is_file()
     runs = config.get("run_cap") or len(config["parameters"]["seed"]["values"])
     assert f"--array=0-{runs - 1}" in slurm
-
-
-@pytest.fixture
-def server() -> Iterator[WandbServer]:
-    server = WandbServer()
-    yield server
-    server.close()
-    assert server.unknown == set(), "the client asked for more than the server has"
 
 
 def test_wandb_sweep_takes_a_file(server: WandbServer, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import filelock
 import numpy as np
 import pytest
 import wandb
+from wandb_runs import be_client
 from wandb_server import WandbServer
 
 from distcv import sync
@@ -25,21 +26,16 @@ WEIGHTS = b"weights" * 100
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+def server(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[WandbServer]:
     """A server whose key is known; the working folder is a new one, which holds ``runs``."""
-    server = WandbServer()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    own = {"HOME": str(tmp_path / "home"), "WANDB_SILENT": "true"}
-    for name, value in (server.environment | own).items():
-        monkeypatch.setenv(name, value)
+    be_client(server, monkeypatch, HOME=str(tmp_path / "home"), WANDB_SILENT="true")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sync, "ARRIVAL_SECONDS", 1.0)
     wandb.teardown()  # it keeps the environment of its first use
     yield server
     wandb.teardown()
-    server.close()
-    assert server.unknown == set(), "the client asked for more than the server has"
 
 
 @pytest.fixture

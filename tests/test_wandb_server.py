@@ -1,7 +1,6 @@
 """The tests' own W&B server, asked by the real client."""
 
 import io
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import wandb
 from PIL import Image
+from wandb_runs import be_client
 from wandb_server import WandbServer
 from wandb_store import ENTITY, Run
 
@@ -26,19 +26,15 @@ QUICK = {
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+def server(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[WandbServer]:
     """A server which this process's client is a client of."""
-    server = WandbServer()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
     own = {"HOME": str(tmp_path), "WANDB_DATA_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    for name, value in (server.environment | own).items():
-        monkeypatch.setenv(name, value)
+    be_client(server, monkeypatch, **own)
     wandb.teardown()  # it keeps the environment of its first use
     yield server
     wandb.teardown()
-    server.close()
-    assert server.unknown == set(), "the client asked for more than the server has"
 
 
 def start(folder: Path, **settings: Any) -> wandb.Run:

@@ -36,16 +36,21 @@ def wandb_server() -> Iterator[WandbServer]:
     assert server.unknown == set(), "the client asked for more than the server has"
 
 
+def be_client(server: WandbServer, monkeypatch: pytest.MonkeyPatch, **own: str) -> None:
+    """Let the environment be that of a client of this server, with further variables."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name, value in (server.environment | own).items():
+        monkeypatch.setenv(name, value)
+
+
 @contextlib.contextmanager
 def wandb_runs(
     folder: Path, data_dir: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Runs]:
     """Starts trainings which have that server's key; what they log, they send within a second."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
     own = {"HOME": str(folder / "home"), "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
-    for name, value in (server.environment | own | ONE_THREAD).items():
-        monkeypatch.setenv(name, value)
+    be_client(server, monkeypatch, **own, **ONE_THREAD)
     yield Runs(folder / "runs", data_dir.resolve())
     for left in psutil.Process().children():  # by a test that failed
         if str(folder / "runs") in left.cmdline():

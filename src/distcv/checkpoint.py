@@ -37,7 +37,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     Raises:
         OSError: the disk is full or not writable; nothing is left under the final name.
     """
-    final = folder / f"step-{step:08d}"
+    final = place(folder, step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -126,6 +126,11 @@ def set_aside(path: Path, why: str) -> Path:
         number += 1
     path.rename(aside)
     return aside
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would lie."""
+    return folder / f"step-{step:08d}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -16,7 +16,16 @@ from pydantic import Field
 from distcv.command_line import parse_arguments, run_command, write_file
 from distcv.config import InputError, Recipe, Strict
 from distcv.intervals import difference_interval
-from distcv.results import Run, differences, grouped, read_runs, read_starts, short_commit
+from distcv.results import (
+    OPTIONS,
+    Run,
+    differences,
+    grouped,
+    read_runs,
+    read_starts,
+    short_commit,
+    spread,
+)
 
 MEASURES = {  # field of result.json: its name here, and digits
     "test_accuracy": ("test accuracy (%)", 2),
@@ -25,7 +34,6 @@ MEASURES = {  # field of result.json: its name here, and digits
     "images_per_second": ("images/s", 0),
 }
 TIMED = ("seconds", "images_per_second")
-OPTIONS = ("compile", "sync_bn")  # those of a run that change how it computes
 # Of a start's record: what is no part of its surroundings, or is shown otherwise.
 PASSING = {"time", "options", "versions", "resumes", "changed", "seconds_lost", "restarts", "slurm",
            "commit", "host"}  # fmt: skip
@@ -261,10 +269,7 @@ def _row(name: str, *cells: str) -> str:
 
 
 def _cells(figure: dict[str, Any], digits: int) -> list[str]:
-    cells = []
-    for side in (figure["a"], figure["b"]):
-        deviation = "" if side["std"] is None else f" ± {side['std']:.{digits}f}"
-        cells.append(f"{side['mean']:.{digits}f}{deviation}")
+    cells = [spread(figure[side]["values"], f".{digits}f") for side in ("a", "b")]
     ends = figure["interval"] or ()
     interval = " to ".join(f"{end:+.{digits}f}" for end in ends)
     return [*cells, f"{figure['difference']:+.{digits}f}", interval or "-"]

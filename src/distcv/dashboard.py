@@ -17,7 +17,7 @@ from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Strict
-from distcv.sync import USER_QUERY, ask_wandb
+from distcv.wandb_api import USER_QUERY, ask_wandb
 
 TITLE = "distcv"
 NAME = "nw-distcv-v"  # by which W&B knows the view: nw-ID-v, with ID in its address

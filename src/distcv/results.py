@@ -9,6 +9,7 @@ import os
 import socket
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from distcv.command_line import parse_arguments, run_command, write_file
 from distcv.config import InputError, Recipe, Strict, load_recipe
 
 DETAILS = {"confusion", "mistakes"}  # of a result, which stay in the run folder
+OPTIONS = ("compile", "sync_bn")  # of a run, those that change how it computes
 FIELDS_SHOWN = 4  # of those in which recipes differ
 HEAD = ("model", "dataset", "recipe", "n", "test accuracy (%)", "min", "max", "seconds")
 
@@ -166,12 +168,12 @@ def differences(recipe: Recipe, runs: list[Run]) -> str:
     return ", ".join(words + ["…"] * (len(names) > FIELDS_SHOWN))
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation; the value of a single run, and a dash if there is none."""
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean ± sample standard deviation; the value of a single run, a dash if there is none."""
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
 def report(runs: list[Run]) -> list[str]:

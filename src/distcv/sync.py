@@ -5,7 +5,6 @@ exit code 0, and takes a log for sent, where rows or files of artifacts were not
 asked of its server, before and after.
 """
 
-import base64
 import contextlib
 import functools
 import json
@@ -13,13 +12,9 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
 
 import filelock
 import tyro
@@ -27,11 +22,10 @@ from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Strict
-from distcv.environment import wandb_key, wandb_server
+from distcv.wandb_api import ANSWER_SECONDS, USER_QUERY, ask_wandb
 from distcv.wandb_log import Log, read_records, write_records
 
 LOGS = "wandb/*run-*/run-*.wandb"  # of offline and online starts
-ANSWER_SECONDS = 20.0  # for a server to answer
 ARRIVAL_SECONDS = 20.0  # for a server to show what it was sent
 # By default, it would try for hours to send to a server that does not take it.
 PATIENCE = {
@@ -39,7 +33,6 @@ PATIENCE = {
     for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
     for limit in ("RETRY_MAX", "RETRY_WAIT_MAX_SECONDS")
 }
-USER_QUERY = "query Viewer { viewer { entity } }"
 RUN_QUERY = """
 query RunResumeStatus($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) {
@@ -106,35 +99,6 @@ def run_folders(places: tuple[Path, ...]) -> list[Path]:
 
 def _unsent(folder: Path) -> list[Path]:
     return [log for log in folder.glob(LOGS) if not log.with_suffix(".wandb.synced").exists()]
-
-
-def ask_wandb(query: str, **variables: str | None) -> dict[str, Any]:
-    """The server's answer to a GraphQL query.
-
-    Raises:
-        InputError: there is no key, or it is refused, or the server is out of reach.
-    """
-    key, server = wandb_key(), wandb_server()
-    host = urlsplit(server).hostname  # without the name and password that an address may hold
-    if not key:
-        raise InputError(f"no key for W&B at {host}: set WANDB_API_KEY, or call wandb login")
-    request = urllib.request.Request(
-        f"{server}/graphql",
-        json.dumps({"query": query, "variables": variables}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    token = base64.b64encode(f"api:{key}".encode()).decode()
-    request.add_unredirected_header("Authorization", f"Basic {token}")
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as reply:
-            return dict(json.load(reply)["data"])
-    except HTTPError as error:
-        if error.code in (401, 403):
-            raise InputError(f"W&B at {host} refuses the key: see WANDB_API_KEY") from None
-        problem = f"answers {error.code}"
-    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-        problem = f"is out of reach ({type(error).__name__})"
-    raise InputError(f"W&B at {host} {problem}: try again later, or see WANDB_BASE_URL")
 
 
 def send_run(folder: Path, *, incomplete: bool) -> str:

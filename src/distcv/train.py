@@ -189,9 +189,9 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
     result = make_result(training, data.info.classes, progress, evaluation, start)
     if options.track and runtime.is_main:
         shown = data.test_images[[one["sample"] for one in result["mistakes"]]]
-        last, best = (
-            folder.checkpoints / f"step-{step:08d}" for step in (progress.step, progress.best_step)
-        )
+        assert progress.best_step is not None
+        steps = (progress.step, progress.best_step)
+        last, best = (checkpoint.place(folder.checkpoints, step) for step in steps)
         trackers.show_result(result, shown, last=last, best=best)
     trackers.close()  # before the run counts as finished, else a kill would leave it open there
     if runtime.is_main:

@@ -76,22 +76,22 @@ def open_run(
 
 def _find(folder: Path, which: Which) -> Path:
     """The newest checkpoint that is whole, or the one of the best test accuracy."""
-    problems = []
-    for step in reversed(checkpoint.steps(folder / "checkpoints")):
-        path = folder / "checkpoints" / f"step-{step:08d}"
+    checkpoints, problems = folder / "checkpoints", list[str]()
+    for step in reversed(checkpoint.steps(checkpoints)):
+        path = checkpoint.place(checkpoints, step)
         if problem := checkpoint.damage(path):
             problems.append(f"{path.name} is damaged ({problem})")
             continue
         best = checkpoint.load_state(path)["progress"]["best_step"]
         if which == "last" or best == step:
             return path
-        path = folder / "checkpoints" / f"step-{best or 0:08d}"
         if best is None:
             problems.append("nothing was evaluated yet")
-        elif problem := checkpoint.damage(path):
-            problems.append(f"{path.name} is damaged ({problem})")
-        else:
+            break
+        path = checkpoint.place(checkpoints, best)
+        if not (problem := checkpoint.damage(path)):
             return path
+        problems.append(f"{path.name} is damaged ({problem})")
         break
     found = f": {', '.join(problems)}" if problems else ""
-    raise InputError(f"no {which} checkpoint in {folder / 'checkpoints'}{found}: train it first")
+    raise InputError(f"no {which} checkpoint in {checkpoints}{found}: train it first")

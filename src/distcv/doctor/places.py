@@ -1,9 +1,7 @@
 """Checks of what lies outside of the processes: the folder of runs, the data, W&B."""
 
-import base64
 import contextlib
 import http.client
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import filelock
 
@@ -21,6 +18,7 @@ from distcv.data.cache import check_cached
 from distcv.doctor import Arguments, Line, one_line
 from distcv.environment import wandb_key, wandb_server
 from distcv.runtime.probe import World, within
+from distcv.wandb_api import USER_QUERY, send_query
 
 LEAST_FREE_GB = 1.0
 SEEN_WITHIN_S = 5.0  # by another node, once a file was written
@@ -118,7 +116,7 @@ def wandb(world: World, arguments: Arguments) -> Iterator[Line]:
         yield Line("ok", f"WANDB_MODE is {mode}: nothing is sent to {base}")
         return
     try:
-        answer = within(ANSWERS_WITHIN_S, lambda: _viewer(base, key))
+        answer = within(ANSWERS_WITHIN_S, _viewer)
     except HTTPError as error:
         yield Line("warn", f"{base}: {error}: runs are logged offline")
         return
@@ -136,22 +134,14 @@ def wandb(world: World, arguments: Arguments) -> Iterator[Line]:
         yield Line("wrong", f"{base} refuses the key: wandb login --relogin, or WANDB_API_KEY")
 
 
-def _viewer(base: str, key: str | None) -> dict[str, Any]:
+def _viewer() -> dict[str, Any]:
     """The server's answer to who this is, as wandb asks it; empty if it doesn't want to know.
 
-    Raises whatever a request raises, ValueError for an answer that is no JSON object.
+    Raises whatever a request raises.
     """
-    query = {"query": "query Viewer { viewer { entity } }"}
-    request = Request(f"{base}/graphql", json.dumps(query).encode())
-    request.add_header("Content-Type", "application/json")
-    if key:  # not for where the server redirects to
-        word = base64.b64encode(f"api:{key}".encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {word}")
     try:
-        with urlopen(request, timeout=ANSWERS_WITHIN_S) as answer:
-            return dict(json.load(answer))
+        return send_query(USER_QUERY, seconds=ANSWERS_WITHIN_S)
     except HTTPError as error:
-        with error:  # it holds the connection
-            if error.code in (400, 401, 403):
-                return {}
-            raise
+        if error.code in (400, 401, 403):
+            return {}
+        raise

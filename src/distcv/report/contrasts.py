@@ -5,11 +5,10 @@ from typing import Any
 from distcv.report.page import Table, Text
 from distcv.report.records import Group, Record
 from distcv.report.tables import NONE
-from distcv.results import short_commit
+from distcv.results import OPTIONS, short_commit
 
 FIELDS = ("python", "distcv", "cpu", "cores", "threads", "wait_policy", "spin_count", "device",
           "processes", "nodes", "strategy")  # fmt: skip
-OPTIONS = ("compile", "sync_bn")  # those that may change what is computed, or how fast
 
 
 def recipe_differences(groups: list[Group]) -> Table:

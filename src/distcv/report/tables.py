@@ -7,7 +7,7 @@ from datetime import datetime
 from distcv.intervals import mean_interval
 from distcv.report.page import Table
 from distcv.report.records import Group, Record, finite
-from distcv.results import short_commit
+from distcv.results import short_commit, spread
 
 NONE = "–"
 Point = tuple[float, float]  # epoch, value
@@ -15,10 +15,7 @@ Point = tuple[float, float]  # epoch, value
 
 def figures(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation; the value of a single run, a dash if there is none."""
-    if not values:
-        return NONE
-    mean = f"{statistics.mean(values):,.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
+    return spread(values, f",.{digits}f") if values else NONE
 
 
 def duration(seconds: float) -> str:

@@ -125,8 +125,8 @@ class Trackers:
             self.runtime.start_trackers(self.names, self.options.project, events, options)
 
     def _show_samples(self) -> None:
-        """A picture of samples, for those that have no row yet."""
-        new = [name for name in self.names if self.first_steps[name] == 0]
+        """A picture of samples, for those that take pictures and have no row yet."""
+        new = {"wandb", "tensorboard"} & {n for n in self.names if self.first_steps[n] == 0}
         if not new or self.samples is None:
             return
         picture = self.samples()

@@ -138,8 +138,9 @@ def log_models(
         aliases = ["best"] * (path == best) + ["latest"] * (path == last)
         logged.append(run.log_artifact(artifact, aliases=aliases))
     deadline = time.monotonic() + UPLOAD_SECONDS
-    if not run.offline:
-        all(_taken(artifact, deadline) for artifact in logged)
+    for artifact in [] if run.offline else logged:
+        if not _taken(artifact, deadline):
+            return
 
 
 def _taken(artifact: Any, deadline: float) -> bool:
