@@ -1,0 +1,99 @@
+"""``distcv.train`` as it is, with hooks for the fault suites: ``python worker.py FLAGS``.
+
+The variable FAULTS holds a JSON object; each key is a hook:
+
+- ``ids``: folder; each start leaves ``START-rank-RANK.jsonl`` there, the sample ids of each step.
+- ``mark``: file; gets a line at the start of each phase: init, training, evaluation, saving, last
+  (before the last step).
+- ``hold``: {phase: seconds}; how long to wait at the first start of that phase.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def main(flags: list[str]) -> None:
+    """Install the hooks, then train; leaves by SystemExit with the exit code."""
+    faults = json.loads(os.environ.get("FAULTS", "{}"))
+    import distcv.checkpoint
+    import distcv.loop
+    import distcv.train
+    from distcv.command_line import run_command
+
+    rank = int(os.environ.get("RANK", "0"))
+    held: set[str] = set()
+
+    def phase(name: str) -> None:
+        if "mark" in faults and rank == 0:
+            with Path(faults["mark"]).open("a") as file:
+                file.write(name + "\n")
+        if name not in held:
+            held.add(name)
+            time.sleep(faults.get("hold", {}).get(name, 0))
+
+    def before(owner: Any, attribute: str, name: str) -> None:
+        original = getattr(owner, attribute)
+
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            phase(name)
+            return original(*args, **kwargs)
+
+        setattr(owner, attribute, hooked)
+
+    train_epoch: Callable[..., bool] = distcv.loop.train_epoch
+    number = [0]
+
+    def hooked_epoch(training: Any, progress: Any, **kwargs: Any) -> bool:
+        phase("training")
+        advance = kwargs["advance"]
+
+        def hooked_advance() -> None:
+            advance()
+            if progress.step == training.total_steps - 1:
+                phase("last")
+
+        kwargs["advance"] = hooked_advance
+        if "ids" in faults:
+            if number[0] == 0:
+                number[0] = 1 + sum(1 for _ in Path(faults["ids"]).glob(f"*-rank-{rank}.jsonl"))
+            file = Path(faults["ids"]) / f"{number[0]}-rank-{rank}.jsonl"
+            training.train_loader = Noted(training, progress.step, file)
+        try:
+            return train_epoch(training, progress, **kwargs)
+        finally:
+            if "ids" in faults:
+                training.train_loader = training.train_loader.loader
+
+    distcv.loop.train_epoch = hooked_epoch
+    before(distcv.loop, "evaluate", "evaluation")
+    before(distcv.checkpoint, "save", "saving")
+    if "ids" in faults:
+        Path(faults["ids"]).mkdir(parents=True, exist_ok=True)
+    phase("init")
+    sys.argv = ["distcv.train", *flags]
+    run_command(distcv.train.main)
+
+
+class Noted:
+    """Stands before a training's loader and writes down the samples of each step."""
+
+    def __init__(self, training: Any, step: int, file: Path) -> None:
+        self.loader, self.step, self.file = training.train_loader, step, file
+        self.parts = training.recipe.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.file.open("a") as file:
+            for part, batch in enumerate(self.loader):
+                row = {"step": self.step + part // self.parts, "ids": batch.host_ids.tolist()}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                yield batch
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
