@@ -222,3 +222,8 @@ def wait_until(true: Any, seconds: float, what: str) -> None:
     while not true():
         assert time.monotonic() < deadline, f"no {what} within {seconds} s"
         time.sleep(0.01)
+
+
+def survived(outcome: Outcome) -> bool:
+    """Whether all that was tried was survived."""
+    return outcome.tried == outcome.survived and not outcome.failures
