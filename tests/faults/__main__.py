@@ -20,13 +20,12 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
-from faults.core import Outcome, Place, survived  # noqa: E402
-from faults.mutants import MUTANTS, try_mutant  # noqa: E402
-from faults.page import PAGE, RESULTS, SUITES, page  # noqa: E402
-
 from distcv.data import DATASETS  # noqa: E402
 from distcv.data.cache import load_arrays  # noqa: E402
 from distcv.environment import describe_environment  # noqa: E402
+from faults.core import Outcome, Place, survived  # noqa: E402
+from faults.mutants import MUTANTS, try_mutant  # noqa: E402
+from faults.page import PAGE, RESULTS, SUITES, page  # noqa: E402
 
 
 def surroundings() -> dict[str, Any]:
@@ -56,7 +55,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--small", action="store_true", help="as much as CI tries")
-    parser.add_argument("--mutants", action="store_true", help="the mutants too; alone with --small")
+    parser.add_argument(
+        "--mutants", action="store_true", help="the mutants too; alone with --small"
+    )
     parser.add_argument("--report", action="store_true", help="only write the page anew")
     arguments = parser.parse_args()
     data_dir = Path(os.environ.get("DISTCV_TEST_DATA", TESTS.parent / "data"))
@@ -80,7 +81,9 @@ def main() -> int:
                 for mutant in MUTANTS:
                     killed = try_mutant(mutant, data_dir)
                     print(f"without {mutant.without}: {'noticed' if killed else 'NOT noticed'}")
-                    rows.append({"without": mutant.without, "suite": mutant.suite, "killed": killed})
+                    rows.append(
+                        {"without": mutant.without, "suite": mutant.suite, "killed": killed}
+                    )
                     failed |= not killed
                 write("mutants", mutants=rows)
     if not arguments.small:

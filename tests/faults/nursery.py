@@ -12,13 +12,6 @@ import warnings
 from worker import main
 
 # Loaded once for all children; nothing of it starts a thread.
-import distcv.loop
-import distcv.run_folder
-import distcv.runtime
-import distcv.samples
-import distcv.tracking
-import distcv.train
-import distcv.training
 
 
 def tell(**told: object) -> None:

@@ -109,7 +109,9 @@ class Soak:
         self.lives.append(life)
         allowed = {0, 75} if event in {*STOPS, "stop file", "freeze and go on"} else None
         if allowed and not set(codes) <= allowed:
-            self.failures.append(f"{name}: {event}: exit codes {codes}: {children[0].said()[-300:]}")
+            self.failures.append(
+                f"{name}: {event}: exit codes {codes}: {children[0].said()[-300:]}"
+            )
 
     def disturb(self, event: str, name: str, children: list[Child]) -> None:
         one = self.draw.choice(children)
@@ -188,8 +190,9 @@ def run(place: Place) -> list[Outcome]:
             "memory within a life",
             tried=len(growths),
             survived=len(growths) - len(grown),
-            lost=f"median {statistics.median(growths):+.2f} MiB a minute" if growths else "no life "
-            f"was longer than {2 * SETTLED:.0f} s",
+            lost=f"median {statistics.median(growths):+.2f} MiB a minute"
+            if growths
+            else f"no life was longer than {2 * SETTLED:.0f} s",
             figures={"largest growth, MiB a minute": round(max(growths), 2)} if growths else {},
             failures=[f"{growth:.2f} MiB a minute" for growth in grown],
         ),
