@@ -1,9 +1,9 @@
 """The fault suites: ``python tests/faults`` tries them whole and writes docs/reliability.md.
 
-Names of modules, or MODULE.FUNCTION, choose some. --small: as much as CI tries; writes nothing but to
-the terminal. --mutants: takes one guard after the other out of the program, and sees whether the
-small suites notice. --report: writes docs/reliability.md anew from results/faults/. Ends with 1 if a
-fault was not survived.
+Names of modules, or MODULE.FUNCTION, choose some. --small: as much as CI tries; writes to the
+terminal only. --mutants: takes one guard after the other out of the program, and sees whether the
+small suites notice. --report: writes docs/reliability.md anew from results/faults/. Ends with 1 if
+a fault was not survived.
 """
 
 import argparse
@@ -55,9 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--small", action="store_true", help="as much as CI tries")
-    parser.add_argument(
-        "--mutants", action="store_true", help="the mutants too; alone with --small"
-    )
+    parser.add_argument("--mutants", action="store_true", help="try the mutants")
     parser.add_argument("--report", action="store_true", help="only write the page anew")
     arguments = parser.parse_args()
     data_dir = Path(os.environ.get("DISTCV_TEST_DATA", TESTS.parent / "data"))

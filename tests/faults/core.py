@@ -208,7 +208,7 @@ def sample_ids(folder: Path) -> dict[int, list[int]]:
 
 
 def exact(run: Path, ids: Path) -> str:
-    """One SHA-256 over weights, optimizer state and the log of sample ids: what "exact" compares."""
+    """One SHA-256 over weights, optimizer state and sample ids: what "exact" compares."""
     end = checkpoint.steps(run / "checkpoints")[-1]
     # A loader is some batches ahead of the training.
     trained_on = [(step, part) for step, part in sample_ids(ids).items() if step < end]

@@ -26,7 +26,7 @@ MUTANTS: tuple[Mutant, ...] = ()
 
 
 def try_mutant(mutant: Mutant, data_dir: Path) -> bool:
-    """Whether the small suite fails on the mutated program, and on that alone: not by a time-out."""
+    """Whether the small suite fails on the mutated program."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
         source = Path(scratch) / "src"
         shutil.copytree(SOURCE, source)

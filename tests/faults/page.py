@@ -16,18 +16,19 @@ SUITES = (
 HEAD = """\
 # Reliability
 
-What was done to trainings, how often, and what was lost. `python tests/faults` tries all of it again
-and writes this page from its results in [results/faults/](../results/faults); CI tries a smaller
-number of each kind. Nothing here is typed in.
+What was done to trainings, how often, and what was lost. `python tests/faults` tries all of it
+again and writes this page from its results in [results/faults/](../results/faults); CI tries a
+smaller number of each kind. Nothing here is typed in.
 
 A run is *exact* if one SHA-256 over its weights, its optimizer state and the list of the samples of
-each step is that of the same run left alone. What may be lost is work since the last checkpoint: it is done
-again, to the same bits.
+each step is that of the same run left alone. What may be lost is work since the last checkpoint: it
+is done again, to the same bits.
 """
 MUTANTS_HEAD = """\
 ## Would these tests notice?
 
-One guard after the other is taken out of the program; its suite, as small as CI tries it, has to fail.
+One guard after the other is taken out of the program; its suite, as small as CI tries it, has to
+fail.
 """
 
 
@@ -97,6 +98,6 @@ def _cell(text: str) -> str:
 def _measured(name: str, held: dict[str, Any]) -> str:
     took = f"{held['seconds']:,.0f} s, " if "seconds" in held else ""
     return (
-        f"[{name}.json](../results/faults/{name}.json): {took}{held['cores']} cores of {held['cpu']}, "
-        f"torch {held['versions']['torch']}, commit {held['commit'][:12]}{held['commit'][40:]}.\n"
+        f"[{name}.json](../results/faults/{name}.json): {took}{held['cores']} cores of "
+        f"{held['cpu']}, torch {held['versions']['torch']}, commit {held['commit'][:12]}{held['commit'][40:]}.\n"
     )
