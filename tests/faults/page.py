@@ -97,7 +97,6 @@ def _cell(text: str) -> str:
 
 def _measured(name: str, held: dict[str, Any]) -> str:
     took = f"{held['seconds']:,.0f} s, " if "seconds" in held else ""
-    return (
-        f"[{name}.json](../results/faults/{name}.json): {took}{held['cores']} cores of "
-        f"{held['cpu']}, torch {held['versions']['torch']}, commit {held['commit'][:12]}{held['commit'][40:]}.\n"
-    )
+    machine = f"{held['cores']} cores of {held['cpu']}, torch {held['versions']['torch']}"
+    commit = held["commit"][:12] + held["commit"][40:]
+    return f"[{name}.json](../results/faults/{name}.json): {took}{machine}, commit {commit}.\n"
