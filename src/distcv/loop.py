@@ -58,6 +58,12 @@ class Sums:
         return runtime.sum(both).tolist()
 
 
+def stop_agreed(runtime: Runtime, stop: StopRequest) -> bool:
+    """Whether one of the processes was asked to stop; by all together, waits for the device."""
+    asked = torch.tensor(float(stop.pending()), device=runtime.device)
+    return bool(runtime.sum(asked))
+
+
 def augmented_parts(training: Training, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs, targets and labels of each part of the batches, as the samplers deal them out.
 
@@ -233,8 +239,7 @@ def evaluate(training: Training, stop: StopRequest | None = None) -> Evaluation 
     with averaged_weights(training), runtime.autocast():
         for batch in training.test_loader:
             runtime.beat()
-            asked = float(stop is not None and stop.pending())
-            if runtime.device.type == "cpu" and runtime.sum(torch.tensor(asked)):
+            if stop and runtime.device.type == "cpu" and stop_agreed(runtime, stop):
                 return None
             counted = batch.ids != PADDING
             logits = training.model(training.augment.normalize(batch.images)).float()

@@ -1,7 +1,9 @@
-"""Requests to stop: a signal or a file asks, the loop answers at a step's end."""
+"""Requests to stop: a signal, a file or a lost launcher asks, the loop answers at a step's end."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -10,6 +12,7 @@ from distcv.environment import launched
 STOPPED = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
 STOP_FILE = "STOP"
 JOB_STOP_FILE = "DISTCV_STOP_FILE"  # variable: a second file, by which a batch script asks
+ANSWER = "stopped after step"
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name)
@@ -19,25 +22,51 @@ SIGNALS = [
 class StopRequest:
     """Remembers whether this process was asked to stop; nothing else happens in the handler.
 
-    A second interrupt from the keyboard ends the program at once.
+    To be made before anything slow: a signal that comes earlier ends the process. A second
+    interrupt from the keyboard ends it at once, except while it saves, and except under a
+    launcher: there the first may come twice, and its peers would be left alone.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.files = [run_dir / STOP_FILE]
-        self.files[0].unlink(missing_ok=True)
-        if JOB_STOP_FILE in os.environ:
-            self.files.append(Path(os.environ[JOB_STOP_FILE]))
-        self.signalled = False
-        self.previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+    def __init__(self) -> None:
+        self.signalled = self.saving = False
+        self.launcher = os.getppid() if launched() else None
+        self.in_script = JOB_STOP_FILE in os.environ
+        self.files = [Path(os.environ[JOB_STOP_FILE])] if self.in_script else []
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signalled:
-            raise KeyboardInterrupt
+        at_once = self.signalled and not self.saving and self.launcher is None
         self.signalled = True
+        if number == signal.SIGINT and at_once:
+            raise KeyboardInterrupt
+
+    def watch(self, run_dir: Path) -> None:
+        """Look for a file STOP in the run folder too, once the answer to a former one is removed.
+
+        To be called on the main process, which holds the folder.
+        """
+        if answered(run_dir):
+            (run_dir / STOP_FILE).unlink()
+        self.files.append(run_dir / STOP_FILE)
 
     def pending(self) -> bool:
-        """Whether a signal came, or a file that asks to stop lies there."""
-        return self.signalled or any(file.exists() for file in self.files)
+        """Whether a signal came, a file that asks to stop lies there, or the launcher is gone.
+
+        SIGUSR2 ends torchrun, and SIGTERM an `accelerate launch` of one process, which leave their
+        processes behind (torch 2.14, accelerate 1.15).
+        """
+        orphaned = self.launcher not in (None, os.getppid())
+        return self.signalled or orphaned or any(file.exists() for file in self.files)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While in here, nothing but a SIGKILL ends the process: it is saving."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
 
     def answer(self, step: int) -> int:
         """Say in the files that the run has stopped; the exit code with which to leave.
@@ -46,11 +75,18 @@ class StopRequest:
         ``launch/multinode.sh`` then leaves with 75. Without such a script, the file in the run
         folder keeps a launcher's restart from undoing the stop.
         """
+        self.ignore()
         for file in self.files:
-            file.write_text(f"stopped after step {step}\n")
-        return 0 if len(self.files) > 1 and launched() else STOPPED
+            file.write_text(f"{ANSWER} {step}\n")
+        return 0 if self.in_script and launched() else STOPPED
 
-    def restore(self) -> None:
-        """Give the signals back to their former handlers."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    def ignore(self) -> None:
+        """From now on a signal changes nothing: it is settled with which exit code to leave."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def answered(run_dir: Path) -> bool:
+    """Whether the run's last start was stopped, and no one has asked for a stop since."""
+    file = run_dir / STOP_FILE
+    return file.exists() and file.read_text().startswith(ANSWER)

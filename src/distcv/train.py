@@ -14,10 +14,10 @@ from distcv.config import InputError, Recipe
 from distcv.data import find_dataset
 from distcv.environment import launch_time, set_thread_environment
 from distcv.models import find_model
+from distcv.preempt import STOPPED, StopRequest, answered
 
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
-    from distcv.preempt import StopRequest
     from distcv.run_folder import RunFolder
     from distcv.runtime import Runtime
     from distcv.training import Progress, Training
@@ -50,6 +50,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     Raises:
         InputError: anything that is wrong before step 1.
     """
+    stop = StopRequest()  # before torch is loaded, which takes seconds
     from distcv.runtime import Runtime
 
     runtime = Runtime(
@@ -60,16 +61,15 @@ def train(recipe: Recipe, options: RunOptions) -> int:
         node_metrics=options.node_metrics,
     )
     with runtime.peers_named():
-        code = run(recipe, options, runtime)
+        code = run(recipe, options, runtime, stop)
         runtime.close()
     return code
 
 
-def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
+def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopRequest) -> int:
     """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
-    from distcv.loop import share_statistics, train_epoch
-    from distcv.preempt import STOP_FILE, STOPPED, StopRequest
+    from distcv.loop import share_statistics, stop_agreed, train_epoch
     from distcv.run_folder import RunFolder
     from distcv.samples import sample_picture
     from distcv.tracking import Console, Trackers
@@ -87,8 +87,9 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
             f"after {finished['epochs']:g} epochs; choose another --name to train again"
         )
         return 0
-    if runtime.from_main(runtime.restarts > 0 and (folder.path / STOP_FILE).exists()):
+    if runtime.from_main(runtime.restarts > 0 and answered(folder.path)):
         return STOPPED  # the launcher took the stop for a failure
+    runtime.on_main(lambda: stop.watch(folder.path))
     newest = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, console.say))
     start = runtime.on_main(lambda: folder.record_start(options, runtime, newest))
 
@@ -121,7 +122,6 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
         samples=lambda: sample_picture(data, recipe),
     )
     runtime.on_main(trackers.open)
-    stop = StopRequest(folder.path)
 
     def log(row: dict[str, Any]) -> None:
         if runtime.is_main:
@@ -134,6 +134,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
 
     resumed_at = progress.step
 
+    @stop.held()
     def save() -> None:
         share_statistics(training)
         tracker_id = folder.tracker_id() if runtime.is_main else ""
@@ -144,7 +145,19 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
             checkpoint.prune(folder.checkpoints, keep=keep)
         runtime.wait()
 
+    def leave() -> int:
+        if progress.step > resumed_at:
+            save()
+        trackers.close(stopped=True)
+        console.say(
+            f"stopped after step {progress.step}; to go on: the same command with "
+            f"--name {folder.path.name}"
+        )
+        return stop.answer(progress.step)
+
     # Train, epoch by epoch; evaluate and save after each.
+    if stop_agreed(runtime, stop):
+        return leave()
     evaluation = None
     while progress.step < training.total_steps or training.evaluation_due(progress):
         stopped = False
@@ -170,13 +183,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
         if not stopped:
             evaluation = timed_evaluation(training, progress, stop)
         if stopped or evaluation is None:
-            save()
-            trackers.close(stopped=True)
-            console.say(
-                f"stopped after step {progress.step}; to go on: the same command with "
-                f"--name {folder.path.name}"
-            )
-            return stop.answer(progress.step)
+            return leave()
         row = epoch_row(training, progress, evaluation)
         console.epoch_line(row)
         log(row)
@@ -194,6 +201,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> int:
         last, best = (checkpoint.place(folder.checkpoints, step) for step in steps)
         trackers.show_result(result, shown, last=last, best=best)
     trackers.close()  # before the run counts as finished, else a kill would leave it open there
+    stop.ignore()
     if runtime.is_main:
         folder.write_result(result)
     console.say(
@@ -224,7 +232,7 @@ def check_space(folder: "RunFolder", training: "Training") -> None:
 
 
 def timed_evaluation(
-    training: "Training", progress: "Progress", stop: "StopRequest | None" = None
+    training: "Training", progress: "Progress", stop: StopRequest | None = None
 ) -> "Evaluation | None":
     """Evaluate; add the time to the run's seconds and note the best accuracy so far."""
     from distcv.loop import evaluate

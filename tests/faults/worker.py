@@ -3,8 +3,8 @@
 The variable FAULTS holds a JSON object; each key is a hook:
 
 - ``ids``: folder; each start leaves ``START-rank-RANK.jsonl`` there, the sample ids of each step.
-- ``mark``: file; gets a line at the start of each phase: init, training, evaluation, saving, last
-  (before the last step).
+- ``mark``: file; gets a line at the start of each phase: init (before the processes are joined),
+  training, evaluation, saving, last (before the last step).
 - ``hold``: {phase: seconds}; how long to wait at the first start of that phase.
 """
 
@@ -22,6 +22,7 @@ def main(flags: list[str]) -> None:
     faults = json.loads(os.environ.get("FAULTS", "{}"))
     import distcv.checkpoint
     import distcv.loop
+    import distcv.runtime
     import distcv.train
     from distcv.command_line import run_command
 
@@ -70,11 +71,11 @@ def main(flags: list[str]) -> None:
                 training.train_loader = training.train_loader.loader
 
     distcv.loop.train_epoch = hooked_epoch
+    before(distcv.runtime, "Runtime", "init")
     before(distcv.loop, "evaluate", "evaluation")
     before(distcv.checkpoint, "save", "saving")
     if "ids" in faults:
         Path(faults["ids"]).mkdir(parents=True, exist_ok=True)
-    phase("init")
     sys.argv = ["distcv.train", *flags]
     run_command(distcv.train.main)
 
