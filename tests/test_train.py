@@ -151,11 +151,11 @@ def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_for_later(
     else:  # the file comes when the evaluation begins
         code = (
             "import pathlib, distcv.loop as loop, distcv.train as train\n"
-            "share = loop.share_statistics\n"
+            "shared_statistics = loop.shared_statistics\n"
             "def shared(training):\n"
             f"    pathlib.Path({str(asked)!r}).touch()\n"
-            "    share(training)\n"
-            "loop.share_statistics = shared\n"
+            "    return shared_statistics(training)\n"
+            "loop.shared_statistics = shared\n"
             "train.command()"
         )
         command = [sys.executable, "-c", code]

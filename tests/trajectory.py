@@ -19,7 +19,7 @@ from distcv import checkpoint
 from distcv.command_line import read_command_line, run_command
 from distcv.data import load_dataset
 from distcv.data.loading import Batch
-from distcv.loop import evaluate, share_statistics, train_epoch
+from distcv.loop import evaluate, train_epoch
 from distcv.models import find_model
 from distcv.runtime import Runtime
 from distcv.training import Progress, Training, build, restore, snapshot
@@ -74,14 +74,13 @@ def train(training: Training, progress: Progress, end: int, saved: Any) -> list[
 
 
 def state_of(training: Training, progress: Progress) -> checkpoint.Checkpoint:
-    share_statistics(training)
     return snapshot(training, progress, tracker_id="", versions={})
 
 
 def differing(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> list[str]:
-    """Names of the tensors that are not equal, bit for bit."""
+    """Names of the tensors that are not equal, bit for bit; but for what one process alone has."""
     found = []
-    for file in one.tensors.keys() | other.tensors.keys():
+    for file in ("model", "optimizer", "ema"):
         a, b = one.tensors.get(file, {}), other.tensors.get(file, {})
         found += [
             f"{file}/{name}"

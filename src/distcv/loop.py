@@ -17,7 +17,7 @@ from distcv.optim import lr_at
 from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
 from distcv.runtime.device import memory
-from distcv.training import Progress, Training, averaged_weights
+from distcv.training import Progress, Training, averaged_weights, shared_statistics
 
 AUGMENTED_AT_ONCE, AUGMENTED_NUMBERS = 1024, 2**24  # samples, and numbers in all
 LOOK_SECONDS = 2.0  # at most about so long, or one step, between looks for a stop request
@@ -206,23 +206,6 @@ def _train_row(
 
 
 @torch.no_grad()
-def share_statistics(training: Training) -> None:
-    """Make BatchNorm's running statistics the same on all processes: their mean.
-
-    Each process has seen another share of every batch. Running statistics are linear in what was
-    seen, so the result does not depend on how often they are averaged (but for rounding). With
-    SyncBatchNorm they are the same already.
-    """
-    if training.runtime.sync_bn:
-        return
-    for name, buffer in training.network.named_buffers():
-        if buffer.is_floating_point():
-            training.runtime.average(buffer)
-            if training.ema:
-                training.runtime.average(training.ema.average[name])
-
-
-@torch.no_grad()
 def evaluate(training: Training, stop: StopRequest | None = None) -> Evaluation | None:
     """Loss and accuracy over the whole test set, each sample counted once, the same everywhere.
 
@@ -230,13 +213,12 @@ def evaluate(training: Training, stop: StopRequest | None = None) -> Evaluation 
     it takes long, it is broken off at a stop request; None is returned then.
     """
     runtime, classes = training.runtime, training.classes
-    share_statistics(training)
     training.model.eval()
     loss_sum = torch.zeros((), device=runtime.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=runtime.device)
     # Confidence and prediction by sample; 0 where it is right, or another process's.
     wrong = torch.zeros(2, len(training.test_labels), device=runtime.device)
-    with averaged_weights(training), runtime.autocast():
+    with shared_statistics(training), averaged_weights(training), runtime.autocast():
         for batch in training.test_loader:
             runtime.beat()
             if stop and runtime.device.type == "cpu" and stop_agreed(runtime, stop):

@@ -69,7 +69,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
 def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopRequest) -> int:
     """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
-    from distcv.loop import share_statistics, stop_agreed, train_epoch
+    from distcv.loop import stop_agreed, train_epoch
     from distcv.run_folder import RunFolder
     from distcv.samples import sample_picture
     from distcv.tracking import Console, Trackers
@@ -136,7 +136,6 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopReque
 
     @stop.held()
     def save() -> None:
-        share_statistics(training)
         tracker_id = folder.tracker_id() if runtime.is_main else ""
         held = snapshot(training, progress, tracker_id=tracker_id, versions=start["versions"])
         if runtime.is_main:

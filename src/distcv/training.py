@@ -211,6 +211,10 @@ def snapshot(
     }
     if training.ema:
         tensors["ema"] = runtime.on_host(runtime.whole(training.ema.average))
+    for file, own in own_statistics(training).items():
+        of_all = {name: runtime.gather(tensor) for name, tensor in own.items()}
+        tensors[file] |= runtime.on_host((name, each.mean(0)) for name, each in of_all.items())
+        tensors[f"{file}_statistics"] = runtime.on_host(of_all.items())
     state = {
         "progress": dataclasses.asdict(progress),
         **training.place(progress),
@@ -234,8 +238,41 @@ def restore(training: Training, held: Checkpoint) -> Progress:
     if training.ema:
         for name, piece in runtime.pieces(held.tensors["ema"]).items():
             training.ema.average[name].copy_(piece)
+    for file, own in own_statistics(training).items():
+        for name, each in held.tensors.get(f"{file}_statistics", {}).items():
+            if len(each) == runtime.processes:
+                own[name].copy_(each[runtime.rank])
     runtime.load_scaler_state(held.state["scaler"])
     return Progress(**held.state["progress"])
+
+
+def own_statistics(training: Training) -> dict[str, dict[str, Tensor]]:
+    """BatchNorm's running statistics, as this process has seen them, and their moving average.
+
+    By file of a checkpoint; empty where all processes have the same. Each process has seen another
+    share of every batch, and what the network has learned of them is their mean. It never takes
+    their place: rounded, it would depend on when a run was saved.
+    """
+    if training.runtime.processes == 1 or training.runtime.sync_bn:
+        return {}
+    own = {n: b for n, b in training.network.named_buffers() if b.is_floating_point()}
+    if not own:
+        return {}
+    if training.ema is None:
+        return {"model": own}
+    return {"model": own, "ema": {name: training.ema.average[name] for name in own}}
+
+
+@contextlib.contextmanager
+def shared_statistics(training: Training) -> Iterator[None]:
+    """The network with the mean of all processes' running statistics; to be entered by all."""
+    own = [one for part in own_statistics(training).values() for one in part.values()]
+    kept = [one.clone() for one in own]
+    for one in own:
+        one.copy_(training.runtime.gather(one).mean(0))
+    yield
+    for one, before in zip(own, kept, strict=True):
+        one.copy_(before)
 
 
 @contextlib.contextmanager

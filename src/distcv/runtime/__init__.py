@@ -224,11 +224,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def average(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over the processes."""
-        if self.processes > 1:
-            dist.all_reduce(tensor)
-            tensor /= self.processes
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes (processes, …); to be called by all of them."""
+        parts = [torch.empty_like(tensor) for _ in range(self.processes)]
+        dist.all_gather(parts, tensor)
+        return torch.stack(parts)
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler, plain numbers; empty in other precisions."""
