@@ -153,6 +153,12 @@ GROUPS: dict[str, type[Strict]] = {
 }
 
 
+# Fields that came after results were published, each with the value at which a run is as it was
+# before there was such a field. There the field is no part of a recipe's identity, so that what was
+# measured before still has the sum of its recipe; a default that is changed later has another one.
+ADDED: dict[str, object] = {}
+
+
 class Recipe(AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields, ModelFields):
     """Everything that decides what is learned, and nothing about where it runs."""
 
@@ -177,8 +183,10 @@ class Recipe(AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields
 
     @property
     def sha256(self) -> str:
-        """Identity of the recipe: SHA-256 of its fields as canonical JSON."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Identity of the recipe: SHA-256 of its fields as canonical JSON; see ADDED."""
+        fields = self.model_dump(mode="json")
+        own = {k: v for k, v in fields.items() if k not in ADDED or v != ADDED[k]}
+        canonical = json.dumps(own, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
