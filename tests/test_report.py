@@ -25,8 +25,8 @@ from distcv.report.charts import Series, accuracy_limits, spans_decades
 from distcv.report.gradcam import grad_cam
 from distcv.report.matrices import confusion_chart
 from distcv.report.records import Group, Record, read_groups
-from distcv.report.tables import duration, facts, hardware_of, summary
-from distcv.results import Run, read_runs
+from distcv.report.tables import facts, hardware_of, summary
+from distcv.results import Run, duration, read_runs
 
 
 @pytest.fixture(scope="session")
@@ -258,6 +258,7 @@ def test_a_hundred_classes_become_a_picture_of_reasonable_size() -> None:
     ("fields", "said"),
     [
         ({}, "AMD EPYC, 2 cores"),
+        ({"threads": "1"}, "AMD EPYC, 2 cores, 1 thread"),
         ({"processes": 2, "strategy": "ddp"}, "AMD EPYC, 2 cores, 2 processes (ddp)"),
         ({"device": "NVIDIA H200"}, "NVIDIA H200"),
         ({"device": "NVIDIA H200", "processes": 8, "nodes": 2, "strategy": "fsdp2"},

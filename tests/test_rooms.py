@@ -88,6 +88,7 @@ def test_a_room_from_above_would_be_seen(tmp_path: Path) -> None:
         "export",
         "sync",
         "dashboard",
+        "results.check",
     ],
 )
 def test_what_is_read_before_the_work_does_not_load_torch(module: str) -> None:

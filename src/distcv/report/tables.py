@@ -7,7 +7,9 @@ from datetime import datetime
 from distcv.intervals import mean_interval
 from distcv.report.page import Table
 from distcv.report.records import Group, Record, finite
-from distcv.results import short_commit, spread
+from distcv.results import duration, short_commit, spread
+from distcv.results import hardware as hardware_in_words
+from distcv.results.analysis import fit
 
 NONE = "–"
 Point = tuple[float, float]  # epoch, value
@@ -16,14 +18,6 @@ Point = tuple[float, float]  # epoch, value
 def figures(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation; the value of a single run, a dash if there is none."""
     return spread(values, f",.{digits}f") if values else NONE
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `43 s`, `12 min 5 s` or `1 h 42 min`."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def results_table(groups: list[Group], target: float | None) -> Table:
@@ -154,17 +148,8 @@ def hardware(group: Group) -> str:
 
 
 def hardware_of(record: Record) -> str:
-    """As `AMD EPYC, 2 cores` or `8 x NVIDIA H200 on 2 nodes (ddp)`."""
-    device, processes = record.environment("device"), record.environment("processes") or 1
-    if device is None:
-        return "unknown"
-    nodes = record.environment("nodes") or 1
-    spread = f" on {nodes} nodes" if nodes > 1 else ""
-    strategy = f" ({record.environment('strategy')})" if processes > 1 else ""
-    if device != "cpu":
-        return f"{processes} x {device}{spread}{strategy}" if processes > 1 else str(device)
-    cores = f"{record.environment('cpu')}, {record.environment('cores')} cores"
-    return f"{cores}, {processes} processes{spread}{strategy}" if processes > 1 else cores
+    """What a run ran on."""
+    return hardware_in_words(record.environment)
 
 
 def analysis(group: Group) -> str:
@@ -177,12 +162,7 @@ def analysis(group: Group) -> str:
     if not pairs:
         return NONE
     gap = statistics.mean(train - test for train, test in pairs)
-    if gap > 0.1:
-        words = f"overfits: train is {gap:.2f} points above test"
-    else:
-        words = (
-            f"no overfitting: train is {abs(gap):.2f} points {'below' if gap < 0 else 'above'} test"
-        )
+    words = fit(gap)
     lost = statistics.mean(_best(record)[1] - _last(record) for record in group.shown)
     if lost > 0.005:
         return f"{words}; the last epoch is {lost:.2f} below the best"

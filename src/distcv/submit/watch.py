@@ -9,7 +9,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from distcv.config import InputError
-from distcv.results import last_row, read_runs, report
+from distcv.results import last_row, read_runs
+from distcv.results.listing import report
 from distcv.submit.batch import Job, run_folders, slurm
 
 ENDED = {

@@ -1,38 +1,49 @@
 """Finished runs as a table of means over their seeds: ``python -m distcv.results runs``.
 
-Others may be writing their run folders meanwhile: what can't be read yet is left out and said.
+Others may be writing their run folders meanwhile: what can't be read yet is left out and said. In
+a clone, runs become rows of docs/results.md (``--collect``), and what stands there is verified
+(``--check``).
 """
 
 import contextlib
 import json
-import os
-import socket
 import statistics
-from collections import Counter
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command, write_file
+from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Recipe, Strict, load_recipe
 
 DETAILS = {"confusion", "mistakes"}  # of a result, which stay in the run folder
 OPTIONS = ("compile", "sync_bn")  # of a run, those that change how it computes
 FIELDS_SHOWN = 4  # of those in which recipes differ
-HEAD = ("model", "dataset", "recipe", "n", "test accuracy (%)", "min", "max", "seconds")
 
 
 class Arguments(Strict):
-    """What to read and where to write."""
+    """What to read, and what to make of it."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = Field(
         (Path("runs"),), description="Run folders, or folders that hold them."
     )
     json_file: Annotated[Path | None, tyro.conf.arg(name="json", metavar="FILE")] = Field(
         None, description="Write the results of the finished runs to this file, too."
+    )
+    collect: bool = Field(
+        False,
+        description="Put the finished runs of recipes in configs/ into results/, then --tables.",
+    )
+    tables: bool = Field(
+        False,
+        description="Read no runs; make what is made of results/: docs/results.md and others.",
+    )
+    check: bool = Field(
+        False,
+        description="Read no runs; verify results/ and what is made of it. Exit code 2 if not.",
     )
 
 
@@ -45,20 +56,50 @@ class Run(NamedTuple):
     """The contents of result.json, None as long as the run is not finished."""
 
 
-def main() -> None:
-    """Print a row for each recipe, then what else is to be said."""
+def main() -> int:
+    """Print a row for each recipe, then what else is to be said; or do one of the works on a clone.
+
+    The clone is the folder that this is called in.
+    """
     arguments = parse_arguments(
         Arguments,
         prog="distcv.results",
         description="Test accuracy at the last epoch, mean and sample standard deviation over "
         "the seeds of each recipe.",
     )
+    if arguments.check:
+        return check()
+    if not arguments.tables:
+        show(arguments)
+    if arguments.tables or arguments.collect:
+        from distcv.results.tables import write_tables
+
+        print("\n".join(write_tables(Path())))
+    return 0
+
+
+def show(arguments: Arguments) -> None:
+    """Print the table of runs, and write them to the files that are asked for."""
+    from distcv.results.files import collect, write_results
+    from distcv.results.listing import report
+
     runs, skipped = read_runs(arguments.runs)
     print("\n".join([*report(runs), *skipped]))
     if not runs:
         raise InputError(f"no runs in {', '.join(map(str, arguments.runs))}: train first")
     if arguments.json_file:
         write_results(arguments.json_file, runs)
+    if arguments.collect:
+        print("\n".join(collect(runs, Path())))
+
+
+def check() -> int:
+    """Print a line for each thing that is wrong with results/; the exit code."""
+    from distcv.results.check import problems
+
+    found = problems(Path())
+    print("\n".join(found), file=sys.stderr)
+    return 2 if found else 0
 
 
 def read_runs(places: tuple[Path, ...]) -> tuple[list[Run], list[str]]:
@@ -150,11 +191,12 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
     """Runs whose recipes are the same but for the seed, together and in the order of seeds."""
     groups: dict[Recipe, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.recipe.model, run.recipe.dataset)):
-        groups.setdefault(_without_seed(run.recipe), []).append(run)
+        groups.setdefault(without_seed(run.recipe), []).append(run)
     return [sorted(group, key=lambda run: run.recipe.seed) for group in groups.values()]
 
 
-def _without_seed(recipe: Recipe) -> Recipe:
+def without_seed(recipe: Recipe) -> Recipe:
+    """The recipe with seed 0, by which those of one recipe's runs are the same."""
     return recipe.model_copy(update={"seed": 0})
 
 
@@ -176,94 +218,35 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
-def report(runs: list[Run]) -> list[str]:
-    """The lines of the table, of runs of one seed or of several commits, of unfinished runs."""
-    rows: list[tuple[str, ...]] = [HEAD]
-    notes: list[str] = []
-    for group in grouped(runs):
-        results = [run.result for run in group if run.result is not None]
-        if not results:
-            continue
-        recipe = group[0].recipe
-        accuracy = [result["test_accuracy"] for result in results]
-        rows.append(
-            (
-                recipe.model,
-                recipe.dataset,
-                differences(recipe, runs),
-                str(len(results)),
-                spread(accuracy),
-                f"{min(accuracy):.2f}",
-                f"{max(accuracy):.2f}",
-                f"{statistics.mean(result['seconds'] for result in results):.1f}",
-            )
-        )
-        notes += list(_notes([run for run in group if run.result is not None]))
-    unfinished = [_progress(run) for run in runs if run.result is None]
-    return [*(aligned(rows) if len(rows) > 1 else []), *notes, *unfinished]
+def hardware(record: Callable[[str], Any]) -> str:
+    """As `AMD EPYC, 2 cores` or `8 x NVIDIA H200 on 2 nodes (ddp)`.
 
-
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of words as lines of columns: the first three from the left, figures from the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<<<>>>>>"
-    return [
-        "  ".join(
-            f"{word:{side}{width}}" for word, side, width in zip(row, sides, widths, strict=True)
-        )
-        for row in rows
-    ]
-
-
-def _notes(group: list[Run]) -> list[str]:
-    """What makes the runs of a recipe no plain sample over seeds of one program."""
-    label = f"{group[0].recipe.model} on {group[0].recipe.dataset}"
-    lines = []
-    for seed, count in Counter(run.recipe.seed for run in group).items():
-        if count > 1:
-            names = ", ".join(str(run.folder) for run in group if run.recipe.seed == seed)
-            lines.append(f"{label}: seed {seed} counts {count} times: {names}")
-    commits = {str(run.result.get("commit")) for run in group if run.result is not None}
-    if len(commits) > 1:
-        short = ", ".join(map(short_commit, sorted(commits)))
-        lines.append(f"{label}: runs of {len(commits)} commits: {short}")
-    return lines
-
-
-def _progress(run: Run) -> str:
-    row = last_row(run.folder)
-    epochs = run.recipe.epochs
-    reached = f"step {row['step']}, epoch {row['epoch']:.2f} of {epochs}" if row else "no step yet"
-    return f"unfinished {run.folder}: {reached}"
-
-
-def write_results(path: Path, runs: list[Run]) -> None:
-    """Write the contents of all result.json, but for details, as a list by recipe and seed.
-
-    Where there are several recipes for a model and its data, `recipe` says in what they differ.
-
-    Raises:
-        InputError: the file can't be written.
+    Args:
+        record: a field of a run's start, or of its result, by its name; None where it isn't known.
     """
-    rows = []
-    for run in (run for group in grouped(runs) for run in group if run.result is not None):
-        differs = differences(run.recipe, runs)
-        figures = {k: v for k, v in (run.result or {}).items() if k not in DETAILS}
-        rows.append(figures | ({"recipe": differs} if differs else {}))
-    # Tasks of a job array that end at the same time, on several nodes, write the same file.
-    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    device, processes = record("device"), record("processes") or 1
+    if device is None:
+        return "unknown"
+    nodes = record("nodes") or 1
+    spread = f" on {nodes} nodes" if nodes > 1 else ""
+    strategy = f" ({record('strategy')})" if processes > 1 else ""
+    if device != "cpu":
+        return f"{processes} x {device}{spread}{strategy}" if processes > 1 else str(device)
+    cores, threads = record("cores"), record("threads")
+    words = f"{record('cpu')}, {cores} cores"
+    if processes == 1 and threads not in (None, str(cores)):
+        words += f", {threads} thread{'s' * (threads != '1')}"
+    return f"{words}, {processes} processes{spread}{strategy}" if processes > 1 else words
 
-    def write() -> None:
-        scratch.write_text(json.dumps(rows, indent=1) + "\n")
-        scratch.replace(path)
 
-    write_file("--json", path, write)
+def duration(seconds: float) -> str:
+    """Seconds as `43 s`, `12 min 5 s` or `1 h 42 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def command() -> None:
     """Entry point: :func:`main`, and its exit code."""
     run_command(main)
-
-
-if __name__ == "__main__":
-    command()
