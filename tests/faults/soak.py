@@ -68,7 +68,7 @@ class Soak:
         return [
             "--model", "tiny_v3", "--dropout", "0.1", "--ema-decay", "0.99", "--translate", "1",
             "--max-steps", str(steps), "--log-every", "10", "--checkpoint-every", "20",
-            "--hang-timeout", "5", "--name", name, "--runs-dir", str(self.place.folder / "runs"),
+            "--hang-timeout", "20", "--name", name, "--runs-dir", str(self.place.folder / "runs"),
             "--data-dir", str(self.place.data_dir),
         ]  # fmt: skip
 
