@@ -44,7 +44,8 @@ def result(measured: Measured, said: Document, aim: Aim | None = None) -> str:
     values = measured.accuracies
     if not values:
         return NOT_YET
-    words = [f"{spread(values)} % (n = {len(values)})"]
+    best = spread([r["best_test_accuracy"] for r in measured.results])
+    words = [f"{spread(values)} % (n = {len(values)}; at the best epochs {best})"]
     if said.test_accuracy is not None:
         gain = statistics.mean(values) - said.test_accuracy
         words.append(f"{_points(gain)} the document's best epoch")

@@ -31,6 +31,10 @@ CURVE = (
     "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
 )  # fmt: skip
 
+RESULT = {
+    "model", "params", "dataset", "seed", "epochs", "steps", "test_accuracy", "best_test_accuracy",
+    "seconds", "device", "precision", "commit", "config_sha256", "environment",
+}  # fmt: skip
 NONE = "–"
 
 Row = dict[str, Any]
@@ -98,10 +102,7 @@ def read_measured(clone: Path, name: str, recipe: Recipe) -> Measured:
     path = result_file(clone, name)
     try:
         if path.exists():
-            results = [
-                row | {key: float(row[key]) for key in ("test_accuracy", "seconds")}
-                for row in sorted(json.loads(path.read_text()), key=lambda row: int(row["seed"]))
-            ]
+            results = sorted(map(_checked, json.loads(path.read_text())), key=lambda r: r["seed"])
         path = curve_file(clone, name)
         for line in path.read_text().splitlines() if path.exists() else []:
             row = json.loads(line)
@@ -110,6 +111,14 @@ def read_measured(clone: Path, name: str, recipe: Recipe) -> Measured:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}): collect its runs again") from None
     return Measured(name, recipe, results, curves)
+
+
+def _checked(result: Row) -> Row:
+    """The result if all is in it that is used; else a KeyError or a TypeError."""
+    if missing := sorted(RESULT - result.keys()):
+        raise KeyError(*missing)
+    numbers = ("test_accuracy", "best_test_accuracy", "seconds", "epochs")
+    return result | {key: float(result[key]) for key in numbers} | {"seed": int(result["seed"])}
 
 
 def collect(runs: list[Run], clone: Path) -> list[str]:
@@ -121,15 +130,19 @@ def collect(runs: list[Run], clone: Path) -> list[str]:
     Raises:
         InputError: two runs of one recipe and seed; a file can't be read or written.
     """
-    finished = [run for run in runs if run.result is not None]
+    finished = [run for run in runs if run.result is not None and _is_of(run.result, run.recipe)]
     said, known = [], recipes(clone)
     for name, recipe in known.items():
         own = [run for run in finished if without_seed(run.recipe) == without_seed(recipe)]
         if own:
             said.append(_add(clone, read_measured(clone, name, recipe), own))
     plain = {without_seed(recipe) for recipe in known.values()}
-    others = [run for run in finished if without_seed(run.recipe) not in plain]
-    return [*said, *(f"left out {run.folder}: of no recipe in configs/" for run in others)]
+    for run in runs:
+        if run.result is not None and run not in finished:
+            said.append(f"left out {run.folder}: its result is not that of its config.yaml")
+        elif run in finished and without_seed(run.recipe) not in plain:
+            said.append(f"left out {run.folder}: of no recipe in configs/")
+    return said
 
 
 def _add(clone: Path, measured: Measured, runs: list[Run]) -> str:
@@ -139,7 +152,11 @@ def _add(clone: Path, measured: Measured, runs: list[Run]) -> str:
         raise InputError(
             f"runs of {measured.name} with the same seed: {', '.join(twice)}: name one"
         )
-    kept = {r["seed"]: r for r in measured.results if _is_of(r, measured.recipe)}
+    kept = {
+        r["seed"]: r
+        for r in measured.results
+        if _is_of(r, measured.recipe.model_copy(update={"seed": r["seed"]}))
+    }
     results = kept | {run.recipe.seed: _result(run) for run in runs}
     curves = {seed: measured.curves.get(seed, []) for seed in kept}
     curves |= {run.recipe.seed: _curve(run) for run in runs}
@@ -154,8 +171,7 @@ def _add(clone: Path, measured: Measured, runs: list[Run]) -> str:
 
 
 def _is_of(result: Row, recipe: Recipe) -> bool:
-    own = recipe.model_copy(update={"seed": result["seed"]})
-    return bool(result.get("config_sha256") == own.sha256)
+    return bool(result.get("config_sha256") == recipe.sha256)
 
 
 def _result(run: Run) -> Row:
