@@ -107,7 +107,7 @@ def test_unfinished_runs_are_listed_with_their_newest_step(tmp_path: Path) -> No
     (begun / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
     make_run(tmp_path / "new", load_recipe("gap"))
     assert table(str(tmp_path))[2:] == [
-        f"unfinished {begun}: step 40, epoch 0.40 of 4",
+        f"unfinished {begun}: step 40, epoch 0.40 of {load_recipe('gap').epochs}",
         f"unfinished {tmp_path}/new: no step yet",
     ]
 
