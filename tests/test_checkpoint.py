@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, and what is damaged is noticed and kept."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 
 from distcv import checkpoint
 from distcv.checkpoint import Checkpoint
-from distcv.config import Recipe
+from distcv.config import InputError, Recipe
 from distcv.models import build_model
 from distcv.optim import OPTIMIZERS
 from distcv.runtime.strategies import WholeCopies
+from distcv.training import read_progress
 
 STATE = {"progress": {"step": 3, "seconds": 0.1}, "seed": 7}
 
@@ -101,6 +103,18 @@ DAMAGE = {
     ),
     "a file more": lambda path: (path / "extra.safetensors").write_bytes(b""),
     "empty": lambda path: [p.unlink() for p in path.iterdir()],
+    "manifest without end": lambda path: (path / "MANIFEST.json").write_text("[" * 2**18),
+    "manifest of another place": lambda path: (path / "MANIFEST.json").write_text(
+        (path / "MANIFEST.json").read_text().replace("state.json", "../state.json")
+    ),
+    "a link": lambda path: (
+        (path / "state.json").rename(path.parent / "state.json")
+        and (path / "state.json").symlink_to("../state.json")
+    ),
+    "a pipe": lambda path: (path / "state.json").unlink() or os.mkfifo(path / "state.json"),
+    "a folder": lambda path: (path / "state.json").unlink() or (path / "state.json").mkdir(),
+    "a file of that name": lambda path: shutil.rmtree(path) or path.write_text("a file"),
+    "a dangling link of that name": lambda path: shutil.rmtree(path) or path.symlink_to("nothing"),
 }
 
 
@@ -115,7 +129,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
     found = checkpoint.newest(tmp_path, report)  # type: ignore[arg-type]
     assert found == tmp_path / "step-00000010"
     assert len(said) == 1 and "step-00000020" in said[0]
-    assert (tmp_path / "bad-step-00000020").is_dir(), "never deleted silently"
+    assert os.path.lexists(tmp_path / "bad-step-00000020"), "never deleted silently"
     assert checkpoint.steps(tmp_path) == [10]
 
 
@@ -124,9 +138,10 @@ def test_junk_is_ignored_and_nothing_found_is_none(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "not there", report) is None  # type: ignore[arg-type]
     (tmp_path / "step-x").mkdir()
     (tmp_path / ".step-00000009.123").mkdir()
-    (tmp_path / "step-00000007").write_text("a file")
+    (tmp_path / "bad-step-00000007").mkdir()
     assert checkpoint.newest(tmp_path, report) is None  # type: ignore[arg-type]
     assert not said
+    assert not (tmp_path / ".step-00000009.123").exists(), "what a killed process was writing"
 
 
 def test_a_failed_write_leaves_nothing_behind(
@@ -137,31 +152,34 @@ def test_a_failed_write_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_file", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, 2, example())
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_everything_is_synced_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    sync, rename = checkpoint._sync, Path.rename
-    monkeypatch.setattr(checkpoint, "_sync", lambda p: (events.append(p.name), sync(p)))
-    monkeypatch.setattr(Path, "rename", lambda p, to: (events.append("rename"), rename(p, to))[1])
-    checkpoint.save(tmp_path, 1, example())
-    at = events.index("rename")
-    assert set(events[: at - 2]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
-    assert events[at - 2] == "MANIFEST.json" and events[at - 1].startswith(".step-")
-    assert events[at + 1 :] == [tmp_path.name]
-
-
-def test_saving_a_step_again_keeps_the_old_one_aside(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, example(1.0))
     path = checkpoint.save(tmp_path, 1, example(2.0))
     assert float(checkpoint.load(path).tensors["model"]["w"][0, 0]) == 2.0
-    assert checkpoint.damage(tmp_path / "replaced-step-00000001") is None
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.prune(tmp_path, keep=set())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_that_was_being_replaced_counts_until_there_is_another(
+    damaged: bool, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path, 1, example(1.0))
+    path = checkpoint.save(tmp_path, 2, example(2.0))
+    path.rename(tmp_path / "replaced-step-00000002")  # and the process was killed
+    if damaged:
+        path.mkdir()
+    assert [one.name for one in checkpoint.candidates(tmp_path)][damaged] == f"replaced-{path.name}"
+    said, report = complaints()
+    assert checkpoint.newest(tmp_path, report) == path  # type: ignore[arg-type]
+    assert len(said) == damaged and checkpoint.damage(path) is None
 
 
 def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
@@ -171,6 +189,7 @@ def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
     checkpoint.prune(tmp_path, keep={2, None})
     assert checkpoint.steps(tmp_path) == [2, 4, 5]
     assert not (tmp_path / ".step-00000006.99").exists()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_tensors_in_any_memory_format(tmp_path: Path) -> None:
@@ -189,5 +208,22 @@ def test_no_code_is_executed(tmp_path: Path) -> None:
     manifest[file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint._sha256(file)}
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     assert checkpoint.damage(path) is None
-    with pytest.raises(Exception, match=r"(?i)header"):
+    with pytest.raises(InputError, match=r"model.safetensors: no safetensors .*(?i:header)"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("state", ["3", "{", "[]", "[" * 10**6])
+def test_a_state_that_is_none_is_refused_in_one_line(state: str, tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, example())
+    (path / "state.json").write_text(state)
+    with pytest.raises(InputError, match=r"state\.json: not a JSON object: move"):
+        checkpoint.load_state(path)
+
+
+@pytest.mark.parametrize(
+    "progress", [None, 3, {"step": "x"}, {"step": 0.5}, {"step": 3, "more": 1}]
+)
+def test_progress_of_another_form_is_refused_in_one_line(progress: object) -> None:
+    with pytest.raises(InputError, match=r"state\.json of another version: ") as refused:
+        read_progress({"progress": progress})
+    assert "\n" not in str(refused.value)

@@ -265,10 +265,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk: the interpreter's end would make it 120
+        os._exit(code)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Not by way of the interpreter's end: after DDP on gloo it ended in SIGABRT in 1 of 14
         # tries (torch 2.15), though the process group had been left in good order.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -236,7 +236,10 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise InputError if a run folder was started with another recipe."""
-    before, now = load_recipe(folder / "config.yaml").model_dump(), recipe.model_dump()
+    try:
+        before, now = load_recipe(folder / "config.yaml").model_dump(), recipe.model_dump()
+    except InputError as error:
+        raise InputError(f"{error}: remove it to go on with the recipe of this command") from None
     for name in before:
         if before[name] != now[name]:
             raise InputError(

@@ -10,6 +10,7 @@ from types import FrameType
 from distcv.environment import launched
 
 STOPPED = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
+NOT_SAVED = 74  # exit code of one that stopped since it couldn't be saved: EX_IOERR
 STOP_FILE = "STOP"
 JOB_STOP_FILE = "DISTCV_STOP_FILE"  # variable: a second file, by which a batch script asks
 ANSWER = "stopped after step"
@@ -76,8 +77,11 @@ class StopRequest:
         folder keeps a launcher's restart from undoing the stop.
         """
         self.ignore()
-        for file in self.files:
-            file.write_text(f"{ANSWER} {step}\n")
+        try:
+            for file in self.files:
+                file.write_text(f"{ANSWER} {step}\n")
+        except OSError:
+            return STOPPED  # the script can't read of it
         return 0 if self.in_script and launched() else STOPPED
 
     def ignore(self) -> None:

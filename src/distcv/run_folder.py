@@ -1,27 +1,33 @@
 """The run folder: what a run writes, and goes on from."""
 
+import contextlib
 import itertools
 import json
 import os
 import secrets
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from distcv.command_line import RunOptions
 from distcv.config import InputError, Recipe, check_same_recipe
+from distcv.durable import make_folder, replace_file, set_aside, sync
 from distcv.environment import describe_environment, slurm_job
 from distcv.runtime import Runtime
+
+T = TypeVar("T")
 
 
 class RunFolder:
     """``runs/<name>/``: config.yaml, environment.json, metrics.jsonl, checkpoints/, result.json.
 
     Raises:
-        InputError: not writable, in use by a live process, or started with another recipe.
+        InputError: in use by a live process, or started with another recipe.
+        OSError: it can't be read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,11 +36,17 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.lock = filelock.FileLock(path / "lock")
+        self.whole_rows = 0  # bytes of metrics.jsonl; a row that was cut may come after them
+        self.unwritten = b""  # rows for which there was no room yet
 
-    def open(self, recipe: Recipe) -> None:
-        """Create the folder or return to it, and hold it until this process ends."""
+    def open(self, recipe: Recipe, say: Callable[[str], None]) -> None:
+        """Create the folder or return to it, and hold it until this process ends.
+
+        ``say`` gets a line for each damaged file that is not used.
+        """
+        self.say = say
+        make_folder(self.checkpoints)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             # After a requeue, the processes of the job before may take a moment to end.
             job = slurm_job()
             self.lock.acquire(timeout=60 if job and job[1] else 0)
@@ -42,15 +54,12 @@ class RunFolder:
             raise InputError(
                 f"run folder {self.path} is in use by another process: wait, or choose --name"
             ) from None
-        except OSError as error:
-            raise InputError(
-                f"run folder {self.path}: {error.strerror}: choose --runs-dir"
-            ) from None
         config = self.path / "config.yaml"
         if config.exists():
             check_same_recipe(self.path, recipe)
         else:
-            self._write(config, recipe.to_yaml())
+            replace_file(config, recipe.to_yaml().encode())
+        self.tracker_id = self._tracker_id()
 
     def record_start(
         self, options: RunOptions, runtime: Runtime, newest: Path | None
@@ -64,7 +73,7 @@ class RunFolder:
             InputError: Slurm has requeued the job too often without a new checkpoint.
         """
         path = self.path / "environment.json"
-        starts = json.loads(path.read_text())["starts"] if path.exists() else []
+        starts = self._read(path, lambda held: [_start(one) for one in held["starts"]]) or []
         now = time.time()
         start: dict[str, Any] = describe_environment() | runtime.record()
         start |= {
@@ -80,7 +89,7 @@ class RunFolder:
         if job := slurm_job():
             start["slurm"] = {"job": job[0], "requeues": job[1]}
         starts.append(start)
-        self._write(path, json.dumps({"starts": starts}, indent=1))
+        replace_file(path, _json({"starts": starts}))
         if (idle := _idle_requeues(starts)) > options.idle_requeues:
             raise InputError(
                 f"job {start['slurm']['job']} was requeued {idle} times without a new checkpoint "
@@ -89,43 +98,98 @@ class RunFolder:
             )
         return start
 
+    def take_room(self, size: int) -> None:
+        """Take so many bytes of the disk, where the system can, and give them back at once.
+
+        Raises:
+            OSError: they can't be had.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            return
+        scratch = self.path / ".room"
+        try:
+            with scratch.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        finally:
+            scratch.unlink(missing_ok=True)
+
     def cut_metrics(self, step: int) -> None:
         """Drop rows of steps after ``step``, which a resumed run will write again."""
-        if self.metrics.exists():
-            rows = self.metrics.read_text().splitlines(keepends=True)
-            self._write(self.metrics, "".join(row for row in rows if _row_step(row) <= step))
+        rows = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
+        kept = b"".join(row + b"\n" for row in rows if _row_step(row) <= step)
+        replace_file(self.metrics, kept)
+        self.whole_rows = len(kept)
 
     def add_row(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row to metrics.jsonl, or keep it until there is room."""
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._write_rows()
+
+    def sync_rows(self) -> None:
+        """See that all rows are on the disk.
+
+        Raises:
+            OSError: they can't be written yet, and are kept.
+        """
+        self._write_rows()
+        sync(self.metrics)
+
+    def _write_rows(self) -> None:
+        with self.metrics.open("ab") as file:
+            file.truncate(min(self.whole_rows, file.tell()))
+            file.write(self.unwritten)
+            end = file.tell()
+        self.whole_rows, self.unwritten = end, b""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far."""
+        written = self.metrics.read_bytes()[: self.whole_rows]
+        return [json.loads(row) for row in (written + self.unwritten).splitlines()]
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json."""
-        self._write(self.result, json.dumps(result, indent=1) + "\n")
+        replace_file(self.result, _json(result))
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        if not self.result.exists():
-            return None
-        return dict(json.loads(self.result.read_text()))
+        figures = "test_accuracy", "epochs"
+        return self._read(
+            self.result, lambda held: held | {name: float(held[name]) for name in figures}
+        )
 
-    def tracker_id(self) -> str:
+    def _tracker_id(self) -> str:
         """An id for this run in trackers, the same after every restart; a W&B agent gives its own.
 
-        The agent of a sweep sets ``WANDB_RUN_ID``.
+        The agent of a sweep sets ``WANDB_RUN_ID``. A new id gets all rows so far.
         """
         path = self.path / "tracker.json"
-        if not path.exists():
-            new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
-            self._write(path, json.dumps({"id": new}))
-        return str(json.loads(path.read_text())["id"])
+        tracker_id = self._read(path, lambda held: str(held["id"]))
+        if tracker_id is None:
+            tracker_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
+            replace_file(path, _json({"id": tracker_id}))
+        return tracker_id
 
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text)
-        temporary.replace(path)
+    def _read(self, path: Path, part: Callable[[Any], T]) -> T | None:
+        """Part of a JSON file, or None; a damaged one is renamed and reported."""
+        try:
+            return part(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            aside = set_aside(path, "bad")
+            self.say(f"{path} is damaged ({error!r}): kept as {aside.name}, not used")
+            return None
+
+
+def _json(held: dict[str, Any]) -> bytes:
+    return json.dumps(held, indent=1).encode() + b"\n"
+
+
+def _start(held: dict[str, Any]) -> dict[str, Any]:
+    """One start in environment.json, as far as the next one asks."""
+    datetime.fromisoformat(held["time"])
+    return {"resumes": held["resumes"], **held}
 
 
 def _idle_requeues(starts: list[dict[str, Any]]) -> int:
@@ -148,8 +212,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[
     return {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
 
 
-def _row_step(row: str) -> float:
-    """The step of a row; infinity for one that was cut off in writing."""
+def _row_step(row: bytes) -> float:
+    """The step of a row; infinity for one that is no row."""
     try:
         return float(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):

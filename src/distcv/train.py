@@ -14,7 +14,7 @@ from distcv.config import InputError, Recipe
 from distcv.data import find_dataset
 from distcv.environment import launch_time, set_thread_environment
 from distcv.models import find_model
-from distcv.preempt import STOPPED, StopRequest, answered
+from distcv.preempt import NOT_SAVED, STOPPED, StopRequest, answered
 
 if TYPE_CHECKING:
     from distcv.loop import Evaluation
@@ -45,13 +45,15 @@ def main() -> int:
 def train(recipe: Recipe, options: RunOptions) -> int:
     """One run from its start, or from its newest checkpoint, to its end or a stop request.
 
-    Returns the exit code: 0, or 75 if the run was stopped and can go on.
+    Returns the exit code: 0; 75 if the run was stopped and can go on; 74 if it stopped since it
+    couldn't be saved.
 
     Raises:
         InputError: anything that is wrong before step 1.
     """
     stop = StopRequest()  # before torch is loaded, which takes seconds
     from distcv.runtime import Runtime
+    from distcv.saving import NotSaved
 
     runtime = Runtime(
         recipe,
@@ -61,7 +63,10 @@ def train(recipe: Recipe, options: RunOptions) -> int:
         node_metrics=options.node_metrics,
     )
     with runtime.peers_named():
-        code = run(recipe, options, runtime, stop)
+        try:
+            code = run(recipe, options, runtime, stop)
+        except NotSaved:
+            code = NOT_SAVED
         runtime.close()
     return code
 
@@ -72,15 +77,16 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopReque
     from distcv.loop import stop_agreed, train_epoch
     from distcv.run_folder import RunFolder
     from distcv.samples import sample_picture
+    from distcv.saving import Saver
     from distcv.tracking import Console, Trackers
-    from distcv.training import Progress, build, load_data, restore, snapshot
+    from distcv.training import Progress, build, load_data, restore
 
     # Where: processes, run folder, console.
     console = Console(runtime, recipe)
     started = time.strftime("%Y%m%d-%H%M%S", launch_time())
     default_name = f"{recipe.model}-{os.environ.get('WANDB_RUN_ID') or started}"
     folder = RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
-    runtime.on_main(lambda: folder.open(recipe))
+    runtime.on_main(lambda: folder.open(recipe, console.say))
     if (finished := runtime.on_main(folder.read_result)) is not None:
         console.say(
             f"run {folder.path} is finished: test accuracy {finished['test_accuracy']:.2f} % "
@@ -133,20 +139,20 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopReque
         log(row)
 
     resumed_at = progress.step
-
-    @stop.held()
-    def save() -> None:
-        tracker_id = folder.tracker_id() if runtime.is_main else ""
-        held = snapshot(training, progress, tracker_id=tracker_id, versions=start["versions"])
-        if runtime.is_main:
-            checkpoint.save(folder.checkpoints, progress.step, held)
-            keep = {resumed_at, progress.best_step} | every_nth_epoch(training, options)
-            checkpoint.prune(folder.checkpoints, keep=keep)
-        runtime.wait()
+    saver = Saver(
+        training,
+        folder,
+        trackers,
+        console,
+        stop,
+        versions=start["versions"],
+        keep={resumed_at} | every_nth_epoch(training, options),
+        last=newest.name if newest else None,
+    )
 
     def leave() -> int:
         if progress.step > resumed_at:
-            save()
+            saver.save(progress, stopping=True)
         trackers.close(stopped=True)
         console.say(
             f"stopped after step {progress.step}; to go on: the same command with "
@@ -172,7 +178,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopReque
                         log=log_training,
                         advance=console.advance,
                         checkpoint_every=options.checkpoint_every,
-                        save=save,
+                        save=lambda: saver.save(progress),
                         stop=stop,
                     )
                 except InputError as error:
@@ -187,7 +193,7 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopReque
         console.epoch_line(row)
         log(row)
         progress.epoch_sums = [0.0] * 3
-        save()
+        saver.save(progress, stopping=progress.step == training.total_steps)
 
     # Result. A run that was killed between its last checkpoint and here is evaluated again.
     evaluation = evaluation or timed_evaluation(training, progress)
@@ -198,11 +204,10 @@ def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopReque
         assert progress.best_step is not None
         steps = (progress.step, progress.best_step)
         last, best = (checkpoint.place(folder.checkpoints, step) for step in steps)
-        trackers.show_result(result, shown, last=last, best=best)
+        trackers.show_result(result, shown, last=last, best=best if best.exists() else last)
     trackers.close()  # before the run counts as finished, else a kill would leave it open there
     stop.ignore()
-    if runtime.is_main:
-        folder.write_result(result)
+    saver.write_result(result)
     console.say(
         f"test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, "
         f"{result['seconds']:.1f} s; result in {folder.result}"
@@ -219,15 +224,24 @@ def every_nth_epoch(training: "Training", options: RunOptions) -> set[int]:
 
 
 def check_space(folder: "RunFolder", training: "Training") -> None:
-    """Raise InputError unless the disk has room for the checkpoints that are kept at a time."""
+    """Raise InputError unless the disk has room for the checkpoints that are kept at a time.
+
+    The room is taken for a moment: a quota shows in nothing else.
+    """
     tensors = 3 if training.ema or training.recipe.optimizer != "sgd" else 2
     needed = 4 * tensors * 4 * training.parameters + 2**20
     free = shutil.disk_usage(folder.path).free
-    if free < needed:
-        raise InputError(
-            f"run folder {folder.path}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed for "
-            "checkpoints: make room, or choose --runs-dir"
-        )
+    problem = f"{free / 1e6:.0f} MB free"
+    if free >= needed:
+        try:
+            folder.take_room(needed)
+            return
+        except OSError as error:
+            problem = str(error.strerror)
+    raise InputError(
+        f"run folder {folder.path}: {problem}, {needed / 1e6:.0f} MB needed for checkpoints: "
+        "make room, or choose --runs-dir"
+    )
 
 
 def timed_evaluation(

@@ -12,7 +12,7 @@ from distcv.augment import Normalizer
 from distcv.config import InputError, Recipe, load_recipe
 from distcv.data import DatasetInfo, dataset_info
 from distcv.models import build_model
-from distcv.training import image_shape
+from distcv.training import image_shape, read_progress
 
 Which = Literal["last", "best"]
 
@@ -60,14 +60,18 @@ def open_run(
     network = build_model(
         recipe.model, channels=info.shape[0], classes=len(info.classes), dropout=recipe.dropout
     )
-    network.load_state_dict(held.tensors["model"] | held.tensors.get("ema", {}))
+    try:
+        network.load_state_dict(held.tensors["model"] | held.tensors.get("ema", {}))
+        step = int(held.state["step"])
+    except (KeyError, TypeError, RuntimeError):
+        raise InputError(f"{path}: not a checkpoint of this version's {recipe.model}") from None
     device = torch.device(device)
     return TrainedNetwork(
         folder=folder,
         recipe=recipe,
         info=info,
         checkpoint=path,
-        step=held.state["step"],
+        step=step,
         device=device,
         network=network.to(device).eval().requires_grad_(False),
         normalize=Normalizer(info, device),
@@ -77,14 +81,13 @@ def open_run(
 def _find(folder: Path, which: Which) -> Path:
     """The newest checkpoint that is whole, or the one of the best test accuracy."""
     checkpoints, problems = folder / "checkpoints", list[str]()
-    for step in reversed(checkpoint.steps(checkpoints)):
-        path = checkpoint.place(checkpoints, step)
+    for path in checkpoint.candidates(checkpoints):
         if problem := checkpoint.damage(path):
             problems.append(f"{path.name} is damaged ({problem})")
             continue
-        best = checkpoint.load_state(path)["progress"]["best_step"]
-        if which == "last" or best == step:
+        if which == "last":
             return path
+        best = read_progress(checkpoint.load_state(path)).best_step
         if best is None:
             problems.append("nothing was evaluated yet")
             break

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distcv.arithmetic import flops_per_image, matmul_flops
 from distcv.augment import Augmenter
 from distcv.checkpoint import Checkpoint
-from distcv.config import InputError, Recipe
+from distcv.config import InputError, Recipe, validated
 from distcv.data import DATASETS, ImageData, Report, Shape, load_dataset
 from distcv.data.loading import (
     Batch,
@@ -33,6 +34,8 @@ EVALUATION_BATCH = 1000
 @dataclass
 class Progress:
     """How far the training is: all that a resumed run needs beside its tensors."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # in training and evaluation, over all starts of the run
@@ -229,21 +232,40 @@ def snapshot(
     return Checkpoint(tensors, state)
 
 
+def read_progress(state: dict[str, Any]) -> Progress:
+    """The progress in a checkpoint's state.
+
+    Raises:
+        InputError: there is none of this form.
+    """
+    read = TypeAdapter(Progress).validate_python
+    return validated(lambda: read(state.get("progress")), where="state.json of another version: ")
+
+
 @torch.no_grad()
 def restore(training: Training, held: Checkpoint) -> Progress:
-    """Put a checkpoint back into a training that was built; the progress it had."""
-    runtime = training.runtime
-    runtime.strategy.load_weights(held.tensors["model"])
-    runtime.strategy.load_optimizer_tensors(held.tensors["optimizer"])
-    if training.ema:
-        for name, piece in runtime.pieces(held.tensors["ema"]).items():
-            training.ema.average[name].copy_(piece)
-    for file, own in own_statistics(training).items():
-        for name, each in held.tensors.get(f"{file}_statistics", {}).items():
-            if len(each) == runtime.processes:
-                own[name].copy_(each[runtime.rank])
-    runtime.load_scaler_state(held.state["scaler"])
-    return Progress(**held.state["progress"])
+    """Put a checkpoint back into a training that was built; the progress it had.
+
+    Raises:
+        InputError: it is another network's, or another version's.
+    """
+    progress, runtime = read_progress(held.state), training.runtime
+    try:
+        runtime.strategy.load_weights(held.tensors["model"])
+        runtime.strategy.load_optimizer_tensors(held.tensors["optimizer"])
+        if training.ema:
+            for name, piece in runtime.pieces(held.tensors["ema"]).items():
+                training.ema.average[name].copy_(piece)
+        for file, own in own_statistics(training).items():
+            for name, each in held.tensors.get(f"{file}_statistics", {}).items():
+                if len(each) == runtime.processes:
+                    own[name].copy_(each[runtime.rank])
+        runtime.load_scaler_state(held.state["scaler"])
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"a checkpoint of another network or version ({error!r}): choose another --name"
+        ) from None
+    return progress
 
 
 def own_statistics(training: Training) -> dict[str, dict[str, Tensor]]:

@@ -24,6 +24,7 @@ from distcv.data import DatasetInfo, Report
 from distcv.data.layouts import read_folder
 from distcv.data.readers import Arrays, array_shapes, one_line, part_digest
 from distcv.data.sources import fetch
+from distcv.durable import sync
 
 FORMAT = 1  # raise it when the layout of the file changes
 LOCK_NOTICE_S = 3.0  # a wait that lasts longer than this is reported
@@ -201,8 +202,4 @@ def _write(
         os.fsync(text.fileno())
     data.replace(_data_file(info, folder))
     note.replace(folder / f"{info.name}.json")
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
+from distcv.durable import explain
 from distcv.environment import keep_memory
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
 from distcv.runtime.launch import choose_strategy, start
@@ -277,7 +278,8 @@ class Runtime:
         """Let the main process do something; all get its value, or leave together with exit code 2.
 
         Raises:
-            InputError: if ``action`` raised it; without a message on the other processes.
+            InputError: if ``action`` raised it or an OSError; without a message on the other
+                processes.
         """
         value, refused = None, None
         if self.is_main:
@@ -285,6 +287,8 @@ class Runtime:
                 value = action()
             except InputError as error:
                 refused = error
+            except OSError as error:
+                refused = InputError(explain(error))
         value, failed = self.from_main((value, refused is not None))
         if refused is not None:
             raise refused

@@ -1,7 +1,6 @@
 """What a run shows while it goes on: the console here and there, W&B, TensorBoard and trackio."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,9 +73,7 @@ class Trackers:
 
     def _open(self, *, offline: bool = False) -> None:
         """Start the trackers; send them what they lack of the rows so far."""
-        rows: list[dict[str, Any]] = []
-        if self.folder.metrics.exists():  # not the first start
-            rows = [json.loads(row) for row in self.folder.metrics.read_text().splitlines()]
+        rows = self.folder.rows()  # none at the first start
         events = self.folder.path / "tensorboard"
         options: dict[str, dict[str, Any]] = {}
         group = f"{self.recipe.model}-{self.recipe.model_copy(update={'seed': 0}).sha256[:8]}"

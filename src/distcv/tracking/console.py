@@ -27,8 +27,9 @@ class Console:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self.shown:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # what is printed may go to a full disk, too
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
             self.last_line = time.monotonic()
 
     @contextlib.contextmanager

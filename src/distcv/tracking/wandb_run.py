@@ -34,7 +34,7 @@ def settings(
     os.environ.setdefault("WANDB_DATA_DIR", root)  # artifacts wait for their sync in the run folder
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key() else "offline")
     return {
-        "id": folder.tracker_id(),
+        "id": folder.tracker_id,
         "name": folder.path.name,
         "resume": "allow",
         "reinit": "create_new",

@@ -1,0 +1,94 @@
+"""Saving a training at its save points, and what happens where that fails."""
+
+from typing import Any
+
+from distcv import checkpoint
+from distcv.checkpoint import Checkpoint
+from distcv.config import InputError
+from distcv.preempt import StopRequest
+from distcv.run_folder import RunFolder
+from distcv.tracking import Console, Trackers
+from distcv.training import Progress, Training, snapshot
+
+FAILURES = 3  # saves in a row that fail before a run stops
+
+
+class NotSaved(Exception):
+    """A run stops since it can't be saved; raised by all processes together, once it is said."""
+
+
+class Saver:
+    """Saves a training; where the disk is full or fails, all processes go on, or stop, together.
+
+    Args:
+        keep: steps of checkpoints that are not to be deleted.
+        last: name of the last checkpoint so far.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        folder: RunFolder,
+        trackers: Trackers,
+        console: Console,
+        stop: StopRequest,
+        *,
+        versions: dict[str, Any],
+        keep: set[int],
+        last: str | None,
+    ) -> None:
+        self.training, self.folder = training, folder
+        self.trackers, self.console, self.stop = trackers, console, stop
+        self.versions, self.keep, self.last = versions, keep, last
+        self.failures = 0  # in a row
+
+    def save(self, progress: Progress, *, stopping: bool = False) -> None:
+        """Save, by all processes together; after a failure it is tried again the next time.
+
+        Raises:
+            NotSaved: the third failure in a row, or the first one if there is no next time.
+        """
+        with self.stop.held():
+            self._save(progress, stopping)
+
+    def _save(self, progress: Progress, stopping: bool) -> None:
+        runtime = self.training.runtime
+        tracker_id = self.folder.tracker_id if runtime.is_main else ""
+        held = snapshot(self.training, progress, tracker_id=tracker_id, versions=self.versions)
+        try:
+            runtime.on_main(lambda: self._commit(progress, held))
+        except InputError as problem:
+            self.failures += 1
+            self.console.say(
+                f"step {progress.step} is not saved ({problem}); "
+                f"last checkpoint: {self.last or 'none yet'}"
+            )
+            if stopping or self.failures == FAILURES:
+                self.trackers.close(stopped=True)
+                self._stop()
+        else:
+            self.failures = 0
+
+    def _commit(self, progress: Progress, held: Checkpoint) -> None:
+        """Write the checkpoint; the rows up to it first, which a resumed run won't write again."""
+        folder = self.folder.checkpoints
+        self.folder.sync_rows()
+        self.last = checkpoint.save(folder, progress.step, held).name
+        checkpoint.prune(folder, keep={progress.best_step, *self.keep})
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, by all processes together.
+
+        Raises:
+            NotSaved: it can't be written; the run is finished the next time.
+        """
+        try:
+            self.training.runtime.on_main(lambda: self.folder.write_result(result))
+        except InputError as problem:
+            self.console.say(f"the result is not saved ({problem})")
+            self._stop()
+
+    def _stop(self) -> None:
+        name = self.folder.path.name
+        self.console.say(f"stopped unsaved; to go on: the same command with --name {name}")
+        raise NotSaved
