@@ -17,7 +17,7 @@ FLOORS = {
     "samples": 1, "wandb_api": 1, "wandb_log": 1,
     "runtime": 2,
     "arithmetic": 3,
-    "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
+    "checkpoint": 3, "lease": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
     "training": 4, "loop": 4, "saving": 4, "trained": 4,
     "train": 5, "summary": 5, "data.__main__": 5,
     "results": 5, "submit": 5, "doctor": 5, "bench": 5,

@@ -24,7 +24,7 @@ def test_a_damaged_file_is_kept_aside_and_written_anew(tmp_path: Path) -> None:
     first = folder.tracker_id
     folder.write_result({"test_accuracy": 99, "epochs": 1})
     assert folder.read_result() == {"test_accuracy": 99.0, "epochs": 1.0}
-    folder.lock.release()
+    folder.close()
     for damage in ("", "{", "[]", "3", '{"id": 1', '{"epochs": 1}', "[" * 10**5):
         for file in ("result.json", "tracker.json"):
             (tmp_path / file).write_text(damage)
@@ -33,7 +33,7 @@ def test_a_damaged_file_is_kept_aside_and_written_anew(tmp_path: Path) -> None:
         assert folder.tracker_id != first and folder.read_result() is None
         assert all("is damaged" in line and "\n" not in line for line in said) and len(said) == 2
         assert not folder.result.exists()
-        folder.lock.release()
+        folder.close()
     assert len(list(tmp_path.glob("bad-*"))) == 14
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_record_of_starts_is_kept_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"lr: [", b"\xff\x00", b"mordel: gap\n"])
 def test_a_damaged_recipe_is_refused(damage: bytes, tmp_path: Path) -> None:
-    opened(tmp_path).lock.release()
+    opened(tmp_path).close()
     (tmp_path / "config.yaml").write_bytes(damage)
     with pytest.raises(InputError, match=r"config\.yaml: .*: remove it to go on") as refused:
         opened(tmp_path)

@@ -42,8 +42,12 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
+def save(
+    folder: Path, step: int, checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: None
+) -> Path:
     """Write ``folder/step-NNNNNNNN`` so that it is there whole or not at all, and stays there.
+
+    ``check`` is called before the commit.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints from before are as they were.
@@ -61,6 +65,7 @@ def save(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
             manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         write_file(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync(temporary)
+        check()
         if os.path.lexists(final):  # the same step again, after a resume: the newer one counts
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)

@@ -11,12 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
-
 from distcv.command_line import RunOptions
 from distcv.config import InputError, Recipe, check_same_recipe
 from distcv.durable import make_folder, replace_file, set_aside, sync
 from distcv.environment import describe_environment, slurm_job
+from distcv.lease import InUse, Lease
 from distcv.runtime import Runtime
 
 T = TypeVar("T")
@@ -35,24 +34,26 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
-        self.lock = filelock.FileLock(path / "lock")
+        self.lease = Lease(path)
         self.whole_rows = 0  # bytes of metrics.jsonl; a row that was cut may come after them
         self.unwritten = b""  # rows for which there was no room yet
 
     def open(self, recipe: Recipe, say: Callable[[str], None]) -> None:
-        """Create the folder or return to it, and hold it until this process ends.
+        """Create the folder or return to it, and hold it until it is closed.
 
-        ``say`` gets a line for each damaged file that is not used.
+        ``say`` gets a line for each damaged file that is not used, and if the folder was a dead
+        process's on another host.
         """
         self.say = say
         make_folder(self.checkpoints)
         try:
             # After a requeue, the processes of the job before may take a moment to end.
             job = slurm_job()
-            self.lock.acquire(timeout=60 if job and job[1] else 0)
-        except filelock.Timeout:
+            self.lease.take(60 if job and job[1] else 0, say)
+        except InUse as holder:
             raise InputError(
-                f"run folder {self.path} is in use by another process: wait, or choose --name"
+                f"run folder {self.path} is in use by another process{holder}: wait, or choose "
+                "--name"
             ) from None
         config = self.path / "config.yaml"
         if config.exists():
@@ -60,6 +61,10 @@ class RunFolder:
         else:
             replace_file(config, recipe.to_yaml().encode())
         self.tracker_id = self._tracker_id()
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self.lease.release()
 
     def record_start(
         self, options: RunOptions, runtime: Runtime, newest: Path | None
@@ -122,6 +127,7 @@ class RunFolder:
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl, or keep it until there is room."""
+        self.lease.check()
         self.unwritten += json.dumps(row).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._write_rows()
@@ -149,6 +155,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json."""
+        self.lease.check()
         replace_file(self.result, _json(result))
 
     def read_result(self) -> dict[str, Any] | None:

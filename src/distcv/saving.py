@@ -73,7 +73,8 @@ class Saver:
         """Write the checkpoint; the rows up to it first, which a resumed run won't write again."""
         folder = self.folder.checkpoints
         self.folder.sync_rows()
-        self.last = checkpoint.save(folder, progress.step, held).name
+        check = self.folder.lease.check
+        self.last = checkpoint.save(folder, progress.step, held, check=check).name
         checkpoint.prune(folder, keep={progress.best_step, *self.keep})
 
     def write_result(self, result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 The same command under ``accelerate launch`` trains on as many processes as that starts.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -63,29 +64,41 @@ def train(recipe: Recipe, options: RunOptions) -> int:
         node_metrics=options.node_metrics,
     )
     with runtime.peers_named():
-        try:
-            code = run(recipe, options, runtime, stop)
-        except NotSaved:
-            code = NOT_SAVED
+        with contextlib.closing(choose_folder(recipe, options, runtime)) as folder:
+            try:
+                code = run(recipe, options, runtime, folder, stop)
+            except NotSaved:
+                code = NOT_SAVED
         runtime.close()
     return code
 
 
-def run(recipe: Recipe, options: RunOptions, runtime: "Runtime", stop: StopRequest) -> int:
+def choose_folder(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> "RunFolder":
+    """The run folder of --name, or of a name made of the model and the time of the launch."""
+    from distcv.run_folder import RunFolder
+
+    started = time.strftime("%Y%m%d-%H%M%S", launch_time())
+    default_name = f"{recipe.model}-{os.environ.get('WANDB_RUN_ID') or started}"
+    return RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
+
+
+def run(
+    recipe: Recipe,
+    options: RunOptions,
+    runtime: "Runtime",
+    folder: "RunFolder",
+    stop: StopRequest,
+) -> int:
     """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
     from distcv.loop import stop_agreed, train_epoch
-    from distcv.run_folder import RunFolder
     from distcv.samples import sample_picture
     from distcv.saving import Saver
     from distcv.tracking import Console, Trackers
     from distcv.training import Progress, build, load_data, restore
 
-    # Where: processes, run folder, console.
+    # Where: console, run folder.
     console = Console(runtime, recipe)
-    started = time.strftime("%Y%m%d-%H%M%S", launch_time())
-    default_name = f"{recipe.model}-{os.environ.get('WANDB_RUN_ID') or started}"
-    folder = RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
     runtime.on_main(lambda: folder.open(recipe, console.say))
     if (finished := runtime.on_main(folder.read_result)) is not None:
         console.say(

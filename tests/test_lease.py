@@ -1,0 +1,222 @@
+"""Who holds a run folder: on one host, on two whose locks are their own, without locks."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+import pytest
+
+from distcv import lease
+from distcv.lease import InUse, Lease
+
+BEAT = 0.1
+STILL = lease.STILL_BEATS * BEAT
+DAY = 86_400
+
+
+class Host:
+    """Makes leases as on a host of this name; its locks are its own, or there are none."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.leases: list[Lease] = []
+        self.said: list[str] = []
+        self.ends: list[str] = []
+
+    def lease(self) -> Lease:
+        one = Lease(self.folder, give_up=self.ends.append)
+        one.here["host"] = self.name
+        lock = self.folder / f"lock-of-{self.name}"
+        one.lock = filelock.FileLock(lock, fallback_to_soft=False, thread_local=False)
+        self.leases.append(one)
+        return one
+
+    def take(self, wait: float = 0) -> Lease:
+        one = self.lease()
+        one.take(wait, self.said.append)
+        return one
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Host]]:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", BEAT)
+    hosts: list[Host] = []
+
+    def make(name: str) -> Host:
+        hosts.append(Host(tmp_path, name))
+        return hosts[-1]
+
+    yield make
+    for one in hosts:
+        for held in one.leases:
+            held.release()
+
+
+def die(held: Lease) -> None:
+    """What the death of its process does: no more beats, and the kernel's lock is free."""
+    held._end.set()
+    held._thread.join()
+    held.lock.release()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("second", ["a", "b"])
+def test_a_living_holder_is_named(second: str, host: Callable[[str], Host], tmp_path: Path) -> None:
+    held = host("a").take()
+    newcomer = host(second)
+    for _ in range(2):
+        with pytest.raises(InUse, match=rf" \(host a, process {os.getpid()}\)"):
+            newcomer.take()
+    time.sleep(5 * BEAT)
+    record = json.loads((tmp_path / "lease.json").read_text())
+    assert record["token"] == held.token and record["beats"] > 1, "it goes on beating"
+    held.release()
+    assert sorted(path.name for path in tmp_path.iterdir() if "lock" not in path.name) == []
+    assert seconds(newcomer.take) < STILL and newcomer.said == []
+
+
+@pytest.mark.parametrize("skew", [-DAY, 0, DAY])
+def test_a_dead_holder_on_another_host_is_recognised_whatever_the_clocks_say(
+    skew: int, host: Callable[[str], Host], tmp_path: Path
+) -> None:
+    die(host("a").take())
+    os.utime(tmp_path / "lease.json", (time.time() + skew,) * 2)
+    newcomer = host("b")
+    assert STILL < seconds(newcomer.take) < 10 * STILL
+    [line] = newcomer.said
+    assert f"(host a, process {os.getpid()}) gave no sign of life for 0.5 s" in line
+
+
+def test_a_dead_holder_on_this_host_is_followed_at_once(host: Callable[[str], Host]) -> None:
+    die(host("a").take())  # its number is in use again: by this process
+    newcomer = host("a")
+    assert seconds(newcomer.take) < STILL and newcomer.said == []
+
+
+def test_another_boot_of_this_host_is_another_host(host: Callable[[str], Host]) -> None:
+    old = host("a").lease()
+    old.here["boot"] = "before"
+    old.take(0, print)
+    with pytest.raises(InUse):
+        host("a").lease().take(0, print)
+    die(old)
+    assert seconds(host("a").take) > STILL
+
+
+def test_a_holder_may_let_go_while_another_waits(host: Callable[[str], Host]) -> None:
+    held = host("a").take()
+    threading.Timer(6 * BEAT, held.release).start()
+    newcomer = host("b")
+    assert 3 * BEAT < seconds(lambda: newcomer.take(wait=60)) < 60
+    assert newcomer.said == [], "it was not taken over"
+
+
+def test_a_holder_that_stood_still_finds_out_and_spoils_nothing(
+    host: Callable[[str], Host], tmp_path: Path
+) -> None:
+    frozen = host("a")
+    die(held := frozen.take())
+    held.check()
+    assert frozen.ends == []
+    host("b").take()
+    held._end.clear()
+    beating = threading.Thread(target=held._beat)
+    beating.start()
+    held.check()
+    time.sleep(3 * BEAT)
+    held._end.set()
+    beating.join()
+    assert len(frozen.ends) >= 2, "its main thread and its beat"
+    assert f"was taken over (host b, process {os.getpid()}) while" in frozen.ends[0]
+    held.release()
+    assert json.loads((tmp_path / "lease.json").read_text())["host"] == "b"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "hello\n", '{"host": 7}', "\x00" * 4096])
+def test_a_damaged_lease_is_watched_like_any_other(
+    text: str, host: Callable[[str], Host], tmp_path: Path
+) -> None:
+    (tmp_path / "lease.json").write_text(text)
+    newcomer = host("a")
+    assert seconds(newcomer.take) > STILL
+    assert len(newcomer.said) == 1
+    (tmp_path / "lease.json").write_text(text)  # now it is that of a living one
+    with pytest.raises(InUse):
+        host("b").take()
+    assert newcomer.ends == []
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == newcomer.leases[0].token
+
+
+def test_a_beat_that_cannot_be_written_ends_nothing(
+    host: Callable[[str], Host], tmp_path: Path
+) -> None:
+    held = host("a").take()
+    shutil.rmtree(tmp_path)
+    time.sleep(3 * BEAT)
+    held.check()
+    tmp_path.mkdir()
+    time.sleep(3 * BEAT)
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == held.token
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_without_locks_the_lease_decides(
+    number: int, host: Callable[[str], Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    held = host("a").take()
+    with pytest.raises(InUse, match="host a"):
+        host("a").take()
+    die(held)
+    newcomer = host("a")
+    assert seconds(newcomer.take) > STILL
+    assert len(newcomer.said) == 1
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_of_many_that_come_at_once_one_gets_it(
+    dead: bool, host: Callable[[str], Host], tmp_path: Path
+) -> None:
+    for _ in range(5):
+        if dead:
+            die(host("dead").take())
+        newcomers = [host(f"host{i}") for i in range(4)]
+        start, got = threading.Barrier(len(newcomers)), list[Lease]()
+
+        def come(newcomer: Host, start: threading.Barrier, got: list[Lease]) -> None:
+            start.wait()
+            with contextlib.suppress(InUse):
+                got.append(newcomer.take())
+
+        threads = [threading.Thread(target=come, args=(n, start, got)) for n in newcomers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [winner] = got
+        assert json.loads((tmp_path / "lease.json").read_text())["token"] == winner.token
+        assert [end for newcomer in newcomers for end in newcomer.ends] == []
+        winner.release()
+
+
+def test_this_process_is_on_this_host(tmp_path: Path) -> None:
+    own = Lease(tmp_path)
+    assert own.here["host"] == socket.gethostname()
+    assert own.here["boot"] or not lease.BOOT_ID.exists()
