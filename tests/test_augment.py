@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distcv.augment import AUGMENTS, Augmenter, Chance, affine, flip, translate
-from distcv.config import Recipe
+from distcv.config import InputError, Recipe
 from distcv.data import DATASETS
 from distcv.data.loading import Batch, ResidentImages
 from distcv.trivial_augment import OPERATIONS
@@ -31,6 +31,14 @@ def augmenter(data: ResidentImages, **fields: object) -> Augmenter:
 
 def chance(epoch: int = 0, ids: Tensor = IDS) -> Chance:
     return Chance(0, epoch, ids, ids)
+
+
+def test_nothing_is_shifted_away_or_blanked_as_a_whole(data: ResidentImages) -> None:
+    augmenter(data, translate=31, cutout=63)
+    for fields in ({"translate": 32}, {"translate": 10**30}, {"cutout": 64}):
+        ((name, size),) = fields.items()
+        with pytest.raises(InputError, match=f"^{name} {size} leaves nothing of images"):
+            augmenter(data, **fields)
 
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4}, {"cutmix": 1.0}])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distcv.command_line import read_command_line
+from distcv.command_line import printable, read_command_line
 from distcv.config import (
     ADDED,
     GROUPS,
@@ -160,7 +161,7 @@ def test_stable_flags() -> None:
         ("--recipe {tmp}/unknown_key.yaml", "unknown key 'batchsize': did you mean 'batch_size'"),
         ("--recipe {tmp}/no_mapping.yaml", "mapping"),
         ("--recipe {tmp}/no_yaml.yaml", "not a readable YAML"),
-        ("--recipe {tmp}/wrong_value.yaml", "batch_size = 'big'"),
+        ("--recipe {tmp}/wrong_value.yaml", "batch_size = big"),
         ("--model plain --dataset cifar10 --data-dir {data} --runs-dir {tmp}", "28x28"),
         ("--batch-size 70000 --data-dir {data} --runs-dir {tmp}", "60000 training samples"),
         ("--runs-dir /dev/null/x --data-dir {data}", "runs-dir"),
@@ -177,6 +178,93 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert ended.returncode == 2, ended.stderr
     assert said in ended.stderr
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: 1\nlr: 2", "the key 'lr' stands there twice"),
+        ("lr: 1\nmomentum: {a: 1, a: 2}", "the key 'a' stands there twice"),
+        ("a: &a [1]\nb: [*a, *a]", "an alias"),
+        ("lr: !!float 0.1", "could not determine a constructor"),
+        ("lr: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("lr: 2001-99-99", "lr = 2001-99-99: input should be a valid number"),
+        ("epochs: true", "epochs = true: input should be a valid integer"),
+        ("lr: yes", "lr = yes: input should be a valid number"),
+        ("seed: 1:30", "seed = 1:30: input should be a valid integer"),
+        ("seed: " + 5000 * "9", "exceeded maximum size"),
+        ("seed: 0x" + 5000 * "f", "seed = 0xfff"),
+        (5000 * "[", "nested too deeply"),
+        (5000 * "{a: ", "nested too deeply"),
+        ("flip: null", "flip = None: input should be 'none'"),
+        ("lr: ''", "lr = '': input should be a valid number"),
+        ("model: <script>", "model = <script>: string should match pattern"),
+        ("lr_milestones: [30, -60]", "lr_milestones.1 = -60: input should be greater than"),
+        ("lr_milestones: [" + 70_000 * "1," + "]", "more than 65,536 bytes"),
+    ],
+)  # fmt: skip
+def test_what_no_recipe_says_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_text_of_a_recipe_means_its_field_says(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 010\nlr: 1e-3\nflip: none\nclip_norm: null\nnesterov: no\nmax_steps:\n")
+    recipe = load_recipe(path)
+    assert (recipe.seed, recipe.lr, recipe.flip, recipe.nesterov) == (10, 1e-3, "none", False)
+    assert recipe.clip_norm is None and recipe.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--name ../x", "--name '../x': a run's name is that of one folder"),
+        ("--name a/b", "--name 'a/b': a run's name"),
+        ("--name=", "--name '': a run's name"),
+        ("--name \udc80", "a run's name is that of one folder"),
+        ("--track wandb wandb", "the same tracker twice"),
+        ("--recipe=", "recipe .: "),
+        ("--recipe /dev/zero", "recipe /dev/zero: not a readable YAML file: not a regular file"),
+        (f"--recipe {5000 * 'x'}", "File name too long"),
+        ("--recipe ../configs/gap", "no recipe '../configs/gap'"),
+        ("--model --lr 0.1", "missing value for argument '--model'"),
+        ("--lr=", "--lr: could not convert string to float: ''"),
+        ("--lr-milestones -1", "--lr-milestones -1: input should be greater"),
+        ("--hang-timeout 1e300", "--hang-timeout 1e+300: input should be less"),
+        ("--tyro-print-completion pwsh", "--tyro-print-completion: Shell should be one"),
+        ("--tyro-write-completion bash /dev/null/x", "--tyro-write-completion: "),
+        (f"--lr 0 https://user:{90 * 's'}@host", "'https://host' had a password"),
+    ],
+)
+def test_flags_that_are_refused(flags: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(*flags.split(" "))
+    assert said in str(caught.value) and "sss" not in str(caught.value)
+
+
+def test_a_folder_called_like_a_recipe_is_not_in_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gap").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("gap").model == "gap"
+
+
+def test_nothing_that_a_terminal_obeys_is_printed() -> None:
+    assert printable("a\x1b[2J\r\u202e\udc80\nß") == "a\\x1b[2J\\r\\u202e\\udc80\nß"
+    assert printable(10_000 * "x" + "end") == 1500 * "x" + " … " + 497 * "x" + "end"
+
+
+def test_errors_are_found_in_boxes_that_are_drawn_without_utf8() -> None:
+    command = [*TRAIN, "--epochs", "many"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert ended.stderr == "error: --epochs: invalid literal for int() with base 10: 'many'\n"
 
 
 def test_shell_completion(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distcv.config import Recipe
+from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int, hash_tensor, uniform
 from distcv.data import DatasetInfo
 from distcv.data.loading import Batch, ResidentImages
@@ -145,9 +145,23 @@ def _boxes(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, images: Ten
 
 
 class Augmenter:
-    """Turns fetched training batches into the network's inputs and targets."""
+    """Turns fetched training batches into the network's inputs and targets.
+
+    Raises:
+        InputError: the recipe shifts images away, or blanks the whole of them.
+    """
 
     def __init__(self, recipe: Recipe, data: ResidentImages, info: DatasetInfo) -> None:
+        side = min(info.shape[1:])
+        for name, size, limit in (
+            ("translate", recipe.translate, side),
+            ("cutout", recipe.cutout, 2 * side),
+        ):
+            if size >= limit:
+                raise InputError(
+                    f"{name} {size} leaves nothing of images with sides of {side} pixels: "
+                    f"use less than {limit}"
+                )
         self.recipe, self.data, self.classes = recipe, data, len(info.classes)
         self.normalize = Normalizer(info, data.device)
         self.operations = [apply for wanted, apply in AUGMENTS.values() if wanted(recipe)]

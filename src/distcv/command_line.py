@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import tyro
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from distcv.config import (
     GROUPS,
@@ -57,7 +57,10 @@ class RunOptions(Strict):
         False, description="Take BatchNorm's statistics over the shares of all processes."
     )
     hang_timeout: float = Field(
-        120.0, ge=1, description="Seconds without a sign of life after which a process is given up."
+        120.0,
+        ge=1,
+        le=1e6,
+        description="Seconds without a sign of life after which a process is given up.",
     )
     idle_requeues: int = Field(
         3, ge=0, description="Requeues by Slurm without a new checkpoint before it is given up."
@@ -70,6 +73,22 @@ class RunOptions(Strict):
         None, ge=1, description="Keep each checkpoint whose epoch is a multiple of this."
     )
     print_config: bool = Field(False, description="Print the resolved recipe as YAML and end.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str | None) -> str | None:
+        if name is not None and (
+            name[:1] in ("", ".") or "/" in name or not name.isprintable() or len(name) > 100
+        ):
+            raise ValueError("a run's name is that of one folder: no slash, no dot at its start")
+        return name
+
+    @field_validator("track")
+    @classmethod
+    def _each_once(cls, track: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(track)) < len(track):
+            raise ValueError("the same tracker twice: name each once")
+        return track
 
 
 def parse_arguments(
@@ -115,6 +134,8 @@ def parse_known_arguments(
         if flag.startswith("--") and flag not in known:
             shown = arg.split("=", 1)[0]  # its value may be a secret
             raise InputError(f"unknown flag {shown!r}: {nearest(flag, known)}")
+        if (shown := without_password(arg)) != arg:
+            raise InputError(f"{shown!r} had a password, which others can see here: leave it away")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -133,6 +154,8 @@ def parse_known_arguments(
         if stop.code in (0, None):
             raise
         raise InputError(_first_line_of_box(said.getvalue())) from None
+    except (AssertionError, OSError) as error:  # no such shell, or no place for its script
+        raise InputError(f"{args[0]}: {error}") from None
 
 
 def _shown_name(module: str, args: list[str]) -> str:
@@ -159,14 +182,18 @@ def known_flags(cls: Any) -> list[str]:
 
 def _first_line_of_box(text: str) -> str:
     """tyro draws its errors as a box; take the message and leave frame and help text."""
-    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
-    message = [line for line in lines[1:] if line]
-    ends = [i for i, line in enumerate(message) if set(line) == {"─"}]
-    whole = " ".join(message[: ends[0] if ends else None])
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()[1:]]
+    # Where the output is not in UTF-8, lines are drawn by "-", and there is one below the title.
+    parts = [[""]]
+    for line in filter(None, lines):
+        parts.append([]) if set(line) in ({"─"}, {"-"}) else parts[-1].append(line)
+    whole = " ".join(next(part for part in parts if any(part)))
+    whole = whole.strip().removeprefix("Error parsing ")
     refused = re.search(r"for \w+ (\w+)\S* (.*?) \[type=.*?input_value=(.*?), input_type", whole)
     if refused is None:
         return whole[:1].lower() + whole[1:]
     field, problem, value = refused.groups()
+    problem = problem.removeprefix("Value error, ")
     return f"--{field.replace('_', '-')} {value}: {problem[0].lower()}{problem[1:]}"
 
 
@@ -215,7 +242,7 @@ def read_command_line(
     model, recipe_name = flag_value(args, "model"), flag_value(args, "recipe")
     if model is not None:
         find_model(model)
-    start = load_recipe(recipe_name or model or "gap")
+    start = load_recipe(next(name for name in (recipe_name, model, "gap") if name is not None))
     command_line = parse_arguments(
         CommandLine,
         prog=prog,
@@ -230,7 +257,7 @@ def flag_value(args: list[str], name: str) -> str | None:
     """The last value of ``--name VALUE`` or ``--name=VALUE``, before the real parsing."""
     value = None
     for here, following in zip(args, [*args[1:], None], strict=True):
-        if here == f"--{name}":
+        if here == f"--{name}" and not (following or "").startswith("--"):
             value = following
         elif here.startswith(f"--{name}="):
             value = here.split("=", 1)[1]
@@ -250,6 +277,18 @@ def write_file(flag: str, file: Path, write: Callable[[], object]) -> None:
         raise InputError(f"{flag} {file}: {error.strerror}: choose another file") from None
 
 
+def printable(text: str) -> str:
+    """A text without what a terminal obeys or can't show, by escapes; line ends stay.
+
+    Long lines lose their middle.
+    """
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+    lines = shown.split("\n")
+    return "\n".join(f"{x[:1500]} … {x[-500:]}" if len(x) > 2003 else x for x in lines)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
 
@@ -261,7 +300,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         if str(error) and os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
-            print(f"error: {without_password(str(error))}", file=sys.stderr)
+            print(f"error: {printable(without_password(str(error)))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

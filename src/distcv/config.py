@@ -8,16 +8,21 @@ its fields are written in groups, which are the headings of ``--help``.
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distcv.files import read_text
+
 T = TypeVar("T")
 
 PACKAGE = Path(__file__).resolve().parent
+MAX_RECIPE = 1 << 16  # bytes; PyYAML takes a second for as many
+NAME = r"^[\w. -]*$"  # no markup, and nothing that a terminal obeys: recipes of others are reported
 
 
 class InputError(ValueError):
@@ -33,9 +38,12 @@ class Strict(BaseModel):
 class ModelFields(Strict):
     """The network and the data it learns from."""
 
-    model: str = Field("gap", description="The network to train, by its name in the zoo.")
+    model: str = Field(
+        "gap", pattern=NAME, description="The network to train, by its name in the zoo."
+    )
     dataset: str = Field(
         "mnist",
+        pattern=NAME,
         description="The data: mnist, fashion_mnist, cifar10, cifar100 or synthetic.",
     )
     dropout: float = Field(
@@ -46,7 +54,7 @@ class ModelFields(Strict):
 class TrainingFields(Strict):
     """How long and how precisely to train."""
 
-    epochs: int = Field(10, ge=1, description="Passes over the training set.")
+    epochs: int = Field(10, ge=1, le=1_000_000, description="Passes over the training set.")
     max_steps: int | None = Field(
         None, ge=1, description="End after this many optimizer steps, if that is sooner."
     )
@@ -110,7 +118,7 @@ class ScheduleFields(Strict):
     lr_step_epochs: int = Field(
         6, ge=1, description="Epochs between two reductions in the step schedule."
     )
-    lr_milestones: tuple[int, ...] = Field(
+    lr_milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="Epochs at which the multistep schedule reduces the rate."
     )
     lr_gamma: float = Field(
@@ -138,9 +146,11 @@ class AugmentationFields(Strict):
     cutout: int = Field(
         0, ge=0, description="Blank a random square with sides of this many pixels."
     )
-    mixup: float = Field(0.0, ge=0, description="Blend two samples, weight from Beta(a, a).")
+    mixup: float = Field(
+        0.0, ge=0, le=1000, description="Blend two samples, weight from Beta(a, a)."
+    )
     cutmix: float = Field(
-        0.0, ge=0, description="Paste a box of another sample, area from Beta(a, a)."
+        0.0, ge=0, le=1000, description="Paste a box of another sample, area from Beta(a, a)."
     )
 
 
@@ -209,28 +219,60 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"choose from {', '.join(known)}"
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """The YAML of a recipe: text, null, lists and mappings; what a text means, its field says.
+
+    So ``yes`` is no number, ``010`` is ten, and a date is not guessed. A key that stands there
+    twice is refused, and so is an alias: a few lines of them stand for gigabytes.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} stands there twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile("^(~|null|Null|NULL)?$"), ["~", "n", "N", ""]
+)
+
+
 def load_recipe(name_or_file: str | Path) -> Recipe:
     """Read a recipe by its name in ``configs/`` or by the path of a YAML file.
 
     Raises:
         InputError: no such recipe, not YAML, an unknown key, or a value out of range.
     """
-    path = Path(name_or_file)
-    if not path.is_file():
-        shipped = resource_dir("configs") / f"{name_or_file}.yaml"
-        if not shipped.is_file():
-            raise InputError(
-                f"no recipe {str(name_or_file)!r}: {nearest(str(path), recipe_names())}"
-            )
-        path = shipped
+    path, names = Path(name_or_file), recipe_names()
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path}: not a readable YAML file: {' '.join(str(error).split())}"
-        ) from None
+        if str(name_or_file) in names and not path.is_file():
+            path = resource_dir("configs") / f"{name_or_file}.yaml"
+        fields = yaml.load(read_text(path, MAX_RECIPE), RecipeLoader)
+    except FileNotFoundError:
+        raise InputError(f"no recipe {str(name_or_file)!r}: {nearest(str(path), names)}") from None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        what = " ".join(what.split())
+        raise InputError(f"recipe {path}: not a readable YAML file: {what}") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: a recipe is a mapping of fields, such as 'lr: 0.1'")
+        raise InputError(f"recipe {path}: give a mapping of fields, such as 'lr: 0.1'")
     return validated(lambda: Recipe.model_validate(fields), where=f"{path}: ")
 
 
@@ -257,9 +299,13 @@ def validated(build: Callable[[], T], where: str = "") -> T:
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             problem = f"unknown key {field!r}: {nearest(field, Recipe.model_fields)}"
+        elif first["type"] == "missing":
+            problem = f"{field} is missing"
         elif not field:
             problem = first["msg"].removeprefix("Value error, ")
         else:
             message = first["msg"][0].lower() + first["msg"][1:]
-            problem = f"{field} = {first['input']!r}: {message}"
+            value = first["input"]
+            shown = value if isinstance(value, str) and value.strip() else repr(value)
+            problem = f"{field} = {shown}: {message}"
         raise InputError(where + " ".join(problem.split())) from None

@@ -28,7 +28,9 @@ class SummaryArguments(Strict):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout probability, in networks that have dropout layers."
     )
-    batch_size: int = Field(1, ge=1, description="Images in the batch whose shapes are shown.")
+    batch_size: int = Field(
+        1, ge=1, le=65_536, description="Images in the batch whose shapes are shown."
+    )
 
 
 def layer_table(model: nn.Module, input_shape: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from distcv.command_line import printable
 from distcv.config import Recipe
 from distcv.runtime import Runtime
 
@@ -28,7 +29,7 @@ class Console:
         """Print a line above the bar."""
         if self.shown:
             with contextlib.suppress(OSError):  # what is printed may go to a full disk, too
-                tqdm.write(line, file=sys.stdout)
+                tqdm.write(printable(line), file=sys.stdout)
                 sys.stdout.flush()
             self.last_line = time.monotonic()
 
