@@ -1,6 +1,7 @@
 """Image files of every kind through a network, as the tensors of the data set."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data_files import png
 from trained_runs import BEST, make_trained_run
 
 from distcv import predict
@@ -176,3 +178,26 @@ def test_the_command_ends_with_a_line_and_code_2_for_what_is_no_run(tmp_path: Pa
     ran = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 2
     assert ran.stderr.startswith(f"error: no run in {tmp_path}") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "reason"),
+    [
+        (8193, 8192, r"8193x8192 are more than 67,108,864 pixels"),
+        (10_000, 10_000, r"10000x10000 are more than"),
+        (60_000, 60_000, "decompression bomb"),
+        (2**31 - 1, 2**31 - 1, "decompression bomb|cannot identify"),
+    ],
+)
+def test_an_image_with_too_many_pixels_is_not_decoded(
+    width: int, height: int, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bomb.png").write_bytes(png(width, height))
+    with pytest.raises(Exception, match=reason):
+        read_image(tmp_path / "bomb.png", RGB)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_image(tmp_path / "x.png", RGB)

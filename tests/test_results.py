@@ -1,6 +1,7 @@
 """The table of finished runs: means over seeds, and what is said of runs that don't count."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -115,12 +116,15 @@ def test_unfinished_runs_are_listed_with_their_newest_step(tmp_path: Path) -> No
 DAMAGED = {
     "no config.yaml": {"lock": ""},
     "lr = -1: input should be greater than 0": {"config.yaml": "lr: -1\n"},
-    "a recipe is a mapping": {"config.yaml": ""},
-    "JSONDecodeError": {"config.yaml": "lr: 1\n", "result.json": '{"test_acc'},
-    "KeyError('seconds')": {"config.yaml": "lr: 1\n", "result.json": '{"test_accuracy": 99}'},
-    "could not convert": {"config.yaml": "lr: 1\n", "result.json": '{"test_accuracy": "-"}'},
-    "list indices": {"config.yaml": "lr: 1\n", "result.json": "[1]"},
-    "UnicodeDecodeError": {"config.yaml": "lr: 1\n", "result.json": "\udcff"},
+    "give a mapping of fields": {"config.yaml": ""},
+    "Unterminated string": {"config.yaml": "lr: 1\n", "result.json": '{"test_acc'},
+    "seconds is missing": {"config.yaml": "lr: 1\n", "result.json": '{"test_accuracy": 99}'},
+    "test_accuracy = -: input should be a valid number": {
+        "config.yaml": "lr: 1\n",
+        "result.json": '{"test_accuracy": "-"}',
+    },
+    "should be a valid dictionary": {"config.yaml": "lr: 1\n", "result.json": "[1]"},
+    "codec can't decode": {"config.yaml": "lr: 1\n", "result.json": "\udcff"},
 }
 
 
@@ -206,3 +210,38 @@ def test_the_table_needs_no_torch(tmp_path: Path) -> None:
 def test_a_missing_folder_is_wrong_input_for_callers_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder"):
         read_runs((tmp_path / "none",))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"test_accuracy": "99"},
+        {"seconds": None},
+        {"confusion": [["<b>"]]},
+        {"mistakes": [{"sample": "x"}]},
+        {"class_accuracy": 5},
+        {"commit": ["\x1b[2J"]},
+    ],
+)
+def test_a_result_of_another_form_is_skipped(damage: dict[str, Any], tmp_path: Path) -> None:
+    make_run(tmp_path / "run", load_recipe("gap"), GAP[0] | damage)
+    runs, [skipped] = read_runs((tmp_path,))
+    (name,) = damage
+    assert not runs and f"result.json is damaged: {name}" in skipped
+
+
+def test_files_of_a_run_that_could_be_waited_for_are_not_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", load_recipe("gap"))
+    for name in ("result.json", "metrics.jsonl", "environment.json"):
+        os.mkfifo(run / name)
+    runs, [skipped] = read_runs((tmp_path,))
+    assert not runs and "result.json is damaged: not a regular file" in skipped
+    assert results.read_rows(run) == results.read_starts(run) == []
+    (run / "metrics.jsonl").unlink()
+    rows = [
+        {"event": "epoch", "step": "\x1b[2J", "epoch": 1},
+        {"event": "x", "step": 1, "epoch": 2},
+    ]
+    lines = [*map(json.dumps, rows), "[" * 100_000]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    assert results.read_rows(run) == rows[1:]

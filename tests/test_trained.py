@@ -66,6 +66,23 @@ def test_a_damaged_checkpoint_is_passed_by(runs: Runs) -> None:
         weights.write_bytes(whole)
 
 
+def test_a_checkpoint_that_is_whole_and_of_no_training_is_refused(
+    runs: Runs, tmp_path: Path
+) -> None:
+    held = checkpoint.load(runs.folder / "r/checkpoints/step-00000080")
+    (tmp_path / "config.yaml").write_bytes((runs.folder / "r/config.yaml").read_bytes())
+    for tensors, state in (
+        ({"model": {"x": torch.zeros(1)}}, held.state),
+        ({"optimizer": held.tensors["optimizer"]}, held.state),
+        (held.tensors, {}),
+        (held.tensors, held.state | {"progress": []}),
+        (held.tensors, held.state | {"step": "\x1b[2J"}),
+    ):
+        checkpoint.save(tmp_path / "checkpoints", 80, checkpoint.Checkpoint(tensors, state))
+        with pytest.raises(InputError, match="no checkpoint of gap"):
+            open_run(tmp_path)
+
+
 def test_what_is_no_run_is_refused_in_one_line(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run in .*nowhere"):
         open_run(tmp_path / "nowhere")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command, write_file
+from distcv.command_line import parse_arguments, printable, run_command, write_file
 from distcv.config import InputError, Recipe, Strict
 from distcv.intervals import difference_interval
 from distcv.results import (
@@ -80,7 +80,7 @@ def main() -> None:
         raise InputError(f"{arguments.a} and {arguments.b} are the same folder: give two")
     a, b = read_side(arguments.a), read_side(arguments.b)
     found = comparison(a, b)
-    print("\n".join([*a.notes, *b.notes, *report(found)]))
+    print(printable("\n".join([*a.notes, *b.notes, *report(found)])))
     if path := arguments.json_file:
         write_file("--json", path, lambda: path.write_text(json.dumps(found, indent=1) + "\n"))
 

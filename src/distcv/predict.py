@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command, write_file
+from distcv.command_line import parse_arguments, printable, run_command, write_file
 from distcv.config import InputError, Strict
 from distcv.environment import set_thread_environment
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from distcv.trained import TrainedNetwork
 
 BATCH = 256
+MAX_PIXELS = 1 << 26  # of an image; decoding so many takes less than 1 GiB
 # What Pillow decodes by itself; it would hand an EPS file to Ghostscript, which runs what it says.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
@@ -87,14 +89,14 @@ def main() -> int:
         for row in predict(trained, read, arguments.top):
             rows.append(row)
             likeliest = (f"{p['class']} {100 * p['probability']:.1f} %" for p in row["classes"])
-            print("  ".join([row["path"], *likeliest]))
+            print(printable("  ".join([row["path"], *likeliest])))
     if bright and trained.info.format == "idx" and not arguments.invert:
         print(
             f"hint: {bright} of {len(rows)} images are brighter at the border than in the middle; "
             f"{trained.info.name} is white on black: try --invert"
         )
     for line in unread:
-        print(f"skipped {line}", file=sys.stderr)
+        print(printable(f"skipped {line}"), file=sys.stderr)
     if file := arguments.json_file:
         write_file("--json", file, lambda: file.write_text(json.dumps(rows, indent=1) + "\n"))
     return 2 if unread else 0
@@ -129,7 +131,8 @@ def find_images(places: tuple[Path, ...]) -> tuple[list[Path], list[str]]:
 def read_image(path: Path, shape: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An image file, or its first frame, as uint8 pixels of this (C, H, W).
 
-    One of the same size and channels comes as it is.
+    One of the same size and channels comes as it is. Nothing is decoded that has more pixels than
+    MAX_PIXELS.
 
     Raises:
         Exception: of any kind, by the decoder: missing, not an image, damaged.
@@ -138,8 +141,16 @@ def read_image(path: Path, shape: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
     from PIL import Image, ImageOps
 
     channels, height, width = shape
-    with Image.open(path, formats=FORMATS) as file:
-        image = ImageOps.exif_transpose(file)
+    if path.exists() and not path.is_file():  # what isn't could be waited for without end
+        raise ValueError("not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+        file = Image.open(path, formats=FORMATS)
+    with file:
+        image: Image.Image = file
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} are more than {MAX_PIXELS:,} pixels")
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range: save it as PNG")
         if image.mode.startswith("I"):  # 16 bits; older versions of Pillow say 32
@@ -159,7 +170,7 @@ def read_image(path: Path, shape: Shape) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def _on_white(image: Image) -> Image:
     from PIL import Image
 
-    layer = image.convert("RGBA")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 

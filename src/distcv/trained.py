@@ -11,7 +11,7 @@ from distcv import checkpoint
 from distcv.augment import Normalizer
 from distcv.config import InputError, Recipe, load_recipe
 from distcv.data import DatasetInfo, dataset_info
-from distcv.models import build_model
+from distcv.models import build_model, find_model
 from distcv.training import image_shape, read_progress
 
 Which = Literal["last", "best"]
@@ -54,6 +54,7 @@ def open_run(
     if not (folder / "config.yaml").exists():
         raise InputError(f"no run in {folder}: give a folder that distcv.train has written")
     recipe = load_recipe(folder / "config.yaml")
+    find_model(recipe.model)
     path = _find(folder, which)
     held = checkpoint.load(path)
     info = dataset_info(recipe.dataset, image_shape(recipe))
@@ -63,8 +64,10 @@ def open_run(
     try:
         network.load_state_dict(held.tensors["model"] | held.tensors.get("ema", {}))
         step = int(held.state["step"])
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path}: not a checkpoint of this version's {recipe.model}") from None
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        # Its files are as they were written, and still not what distcv.train writes.
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{path}: no checkpoint of {recipe.model} ({problem})") from None
     device = torch.device(device)
     return TrainedNetwork(
         folder=folder,

@@ -21,7 +21,8 @@ SECONDS = 2 * 3600, 40  # of the whole suite, and in CI
 SETTLED = 20.0  # seconds in a life after which memory is to stay flat
 GROWTH = 2.0  # MiB a minute that memory may seem to grow, from sample to sample
 STOPS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
-EVENTS = ["kill all", "kill one", "freeze and go on", "stop file", *STOPS]
+KILLS = ["kill all", "kill one"]
+EVENTS = [*KILLS, "stop file", *STOPS]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Soak:
         self.failures: list[str] = []
 
     def flags(self, name: str) -> list[str]:
-        steps = self.place.many(1404, 60)  # three epochs
+        steps = self.place.many(702, 60)
         return [
             "--model", "tiny_v3", "--dropout", "0.1", "--ema-decay", "0.99", "--translate", "1",
             "--max-steps", str(steps), "--log-every", "10", "--checkpoint-every", "20",
@@ -95,23 +96,29 @@ class Soak:
         return self.digest(name)
 
     def live(self, name: str, processes: int) -> None:
-        """One start, to its end or to an event."""
+        """One start, to its end or to an event that ends it."""
         children, life, began = self.start(name, processes), Life(), time.monotonic()
-        # Mostly short lives; some are long enough to see whether memory grows.
-        until = self.draw.choice([2, 4, 8, self.place.many(90, 12)]) * (0.5 + self.draw.random())
         event = self.draw.choice(EVENTS)
+        frozen = self.draw.random() < 0.3  # for a second, on the way
+        # Mostly short lives; some are long enough to see whether memory grows.
+        until = self.draw.choice([4, 8, 16, self.place.many(90, 12)]) * (0.5 + self.draw.random())
         while time.monotonic() - began < until and any(not c.ended.wait(0.25) for c in children):
             life.look(children[0], began)
+            if frozen and time.monotonic() - began > until / 2:
+                frozen = False
+                self.events["freeze and go on"] += 1
+                one = self.draw.choice(children)
+                one.kill(signal.SIGSTOP)
+                time.sleep(1)
+                one.kill(signal.SIGCONT)
         if any(child.code is None for child in children):
             self.events[event] += 1
             self.disturb(event, name, children)
-        codes = [child.wait(180) for child in children]
+        codes = [child.wait(300) for child in children]
         self.lives.append(life)
-        allowed = {0, 75} if event in {*STOPS, "stop file", "freeze and go on"} else None
-        if allowed and not set(codes) <= allowed:
-            self.failures.append(
-                f"{name}: {event}: exit codes {codes}: {children[0].said()[-300:]}"
-            )
+        if event not in KILLS and not set(codes) <= {0, 75}:
+            said = children[0].said()[-300:]
+            self.failures.append(f"{name}: {event}: exit codes {codes}: {said}")
 
     def disturb(self, event: str, name: str, children: list[Child]) -> None:
         one = self.draw.choice(children)
@@ -124,10 +131,6 @@ class Soak:
             folder = self.place.folder / "runs" / name
             if folder.exists():
                 (folder / "STOP").touch()
-        elif event == "freeze and go on":
-            one.kill(signal.SIGSTOP)
-            time.sleep(1)
-            one.kill(signal.SIGCONT)
         else:
             one.kill(STOPS[event])
 

@@ -25,6 +25,7 @@ from distcv.data.layouts import read_folder
 from distcv.data.readers import Arrays, array_shapes, one_line, part_digest
 from distcv.data.sources import fetch
 from distcv.durable import sync
+from distcv.files import read_json
 
 FORMAT = 1  # raise it when the layout of the file changes
 LOCK_NOTICE_S = 3.0  # a wait that lasts longer than this is reported
@@ -134,13 +135,13 @@ def open_cache(info: DatasetInfo, folder: Path) -> Arrays:
     if not path.exists() and not note.exists():
         raise FileNotFoundError(path)
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
+        found = read_json(note)
         sums = [found["sha256"][part] for part in Arrays._fields]
         if found != _record(info, sums, found["source"]):
             raise InputError(f"{note}: it describes other data than this version expects")
         # The table has the last word, so that a forged note can't vouch for forged data.
         return _map(info, path, info.sums or sums)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{note}: no valid cache: {one_line(error)}") from error

@@ -9,7 +9,6 @@ that of the file it came in) agrees with the table.
 import gzip
 import hashlib
 import io
-import json
 import pickle
 import struct
 import tarfile
@@ -23,6 +22,7 @@ import numpy as np
 
 from distcv.config import InputError
 from distcv.data import DatasetInfo
+from distcv.files import parse_json
 
 MAX_MEMBER = 1 << 26  # bytes; the largest member of any archive here has 47 million
 
@@ -264,8 +264,8 @@ def parse_json_labels(data: bytes) -> np.ndarray:
         InputError: it is anything else.
     """
     try:
-        return _label_array(json.loads(data))
-    except (ValueError, TypeError, RecursionError) as error:
+        return _label_array(parse_json(data.decode()))
+    except (ValueError, TypeError) as error:
         raise InputError(f"no list of labels: {one_line(error)}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command_line import parse_arguments, printable, run_command
 from distcv.config import InputError, Strict
 from distcv.environment import set_thread_environment
 from distcv.results import Run, read_runs
@@ -42,7 +42,7 @@ def main() -> None:
     )
     runs, skipped = read_runs(arguments.runs)
     if skipped:
-        print("\n".join(skipped))
+        print(printable("\n".join(skipped)))
     if not runs:
         raise InputError(f"no runs in {', '.join(map(str, arguments.runs))}: train first")
     set_thread_environment()

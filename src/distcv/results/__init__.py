@@ -6,7 +6,6 @@ a clone, runs become rows of docs/results.md (``--collect``), and what stands th
 """
 
 import contextlib
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from distcv.command_line import parse_arguments, run_command
-from distcv.config import InputError, Recipe, Strict, load_recipe
+from distcv.command_line import parse_arguments, printable, run_command
+from distcv.config import InputError, Recipe, Strict, load_recipe, validated
+from distcv.files import parse_json, read_json, read_text
 
 DETAILS = {"confusion", "mistakes"}  # of a result, which stay in the run folder
 OPTIONS = ("compile", "sync_bn")  # of a run, those that change how it computes
+MAX_METRICS = 1 << 28  # bytes
 FIELDS_SHOWN = 4  # of those in which recipes differ
 
 
@@ -45,6 +46,28 @@ class Arguments(Strict):
         False,
         description="Read no runs; verify results/ and what is made of it. Exit code 2 if not.",
     )
+
+
+class Result(BaseModel):
+    """What others rely on in a result.json, which may come from a stranger; see `make_result`."""
+
+    model_config = ConfigDict(extra="allow")
+    test_accuracy: float
+    seconds: float
+    test_loss: float | None = None
+    images_per_second: float | None = None
+    best_test_accuracy: float | None = None
+    best_epoch: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    params: int | None = None
+    processes: int | None = None
+    class_accuracy: dict[str, float] | None = None
+    confusion: list[list[int]] | None = None
+    mistakes: list[dict[str, float]] | None = None
+    commit: str | None = None
+    device: str | None = None
+    environment: dict[str, Any] | None = None
 
 
 class Run(NamedTuple):
@@ -84,7 +107,7 @@ def show(arguments: Arguments) -> None:
     from distcv.results.listing import report
 
     runs, skipped = read_runs(arguments.runs)
-    print("\n".join([*report(runs), *skipped]))
+    print(printable("\n".join([*report(runs), *skipped])))
     if not runs:
         raise InputError(f"no runs in {', '.join(map(str, arguments.runs))}: train first")
     if arguments.json_file:
@@ -150,26 +173,30 @@ def read_run(folder: Path) -> Run:
     if not path.exists():
         return Run(folder, recipe, None)
     try:
-        result = json.loads(path.read_text())
-        result |= {key: float(result[key]) for key in ("test_accuracy", "seconds")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path.name} is damaged: {error!r}") from None
+        result = read_json(path)
+        validated(lambda: Result.model_validate(result, strict=True))
+    except ValueError as error:
+        raise InputError(f"{path.name} is damaged: {error}") from None
     return Run(folder, recipe, result)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """The whole rows of a run's metrics.jsonl; the last one may be being written."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(folder / "metrics.jsonl", MAX_METRICS).splitlines()
+    except (OSError, ValueError):
         return []
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"event", "step", "epoch"} <= row.keys():
+            row = parse_json(line)
+            if isinstance(row, dict) and "event" in row and _number(row, "step", "epoch"):
                 rows.append(row)
     return rows
+
+
+def _number(row: dict[str, Any], *keys: str) -> bool:
+    return all(isinstance(row.get(key), int | float) for key in keys)
 
 
 def last_row(folder: Path) -> dict[str, Any] | None:
@@ -181,7 +208,7 @@ def last_row(folder: Path) -> dict[str, Any] | None:
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """What environment.json tells of a run's starts; nothing if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return [dict(s) for s in json.loads((folder / "environment.json").read_text())["starts"]]
+        return [dict(start) for start in read_json(folder / "environment.json")["starts"]]
     return []
 
 
