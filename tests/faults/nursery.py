@@ -3,6 +3,7 @@
 Reads orders as JSON lines, and answers with lines that tell of births and deaths.
 """
 
+import importlib
 import json
 import os
 import select
@@ -11,7 +12,12 @@ import warnings
 
 from worker import main
 
-# Loaded once for all children; nothing of it starts a thread.
+# Loaded once for all children; nothing of it starts a thread. The first optimizer of a process asks
+# for dynamo, which takes longer than all of a small training.
+LOADED = ["distcv.data.synthetic", "distcv.samples", "distcv.tracking", "distcv.train",
+          "distcv.training", "torch._dynamo"]  # fmt: skip
+for module in LOADED:
+    importlib.import_module(module)
 
 
 def tell(**told: object) -> None:
