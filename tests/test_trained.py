@@ -75,12 +75,15 @@ def test_a_checkpoint_that_is_whole_and_of_no_training_is_refused(
         ({"model": {"x": torch.zeros(1)}}, held.state),
         ({"optimizer": held.tensors["optimizer"]}, held.state),
         (held.tensors, {}),
-        (held.tensors, held.state | {"progress": []}),
         (held.tensors, held.state | {"step": "\x1b[2J"}),
     ):
         checkpoint.save(tmp_path / "checkpoints", 80, checkpoint.Checkpoint(tensors, state))
         with pytest.raises(InputError, match="no checkpoint of gap"):
             open_run(tmp_path)
+    other = checkpoint.Checkpoint(held.tensors, held.state | {"progress": []})
+    checkpoint.save(tmp_path / "checkpoints", 80, other)
+    with pytest.raises(InputError, match=r"state\.json of another version"):
+        open_run(tmp_path, which="best")
 
 
 def test_what_is_no_run_is_refused_in_one_line(runs: Runs, tmp_path: Path) -> None:

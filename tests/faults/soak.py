@@ -10,7 +10,6 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 
@@ -164,8 +163,7 @@ def run(place: Place) -> list[Outcome]:
             if same:
                 shutil.rmtree(folder)
                 shutil.rmtree(place.folder / "ids" / name)
-        left = [p.pid for p in psutil.process_iter() if _of(p, place.folder)]
-        left = [pid for pid in left if pid != os.getpid()]
+        left = _left(set(nurse.children))
     growths = [growth for life in soak.lives if (growth := life.growth()) is not None]
     files = [max(life.settled()[2]) - min(life.settled()[2])
              for life in soak.lives if len(life.settled()[2]) > 1]  # fmt: skip
@@ -210,7 +208,11 @@ def run(place: Place) -> list[Outcome]:
     ]
 
 
-def _of(process: psutil.Process, folder: Path) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return str(folder) in " ".join(process.cmdline()) and process.status() != "zombie"
-    return False
+def _left(groups: set[int]) -> list[int]:
+    """Processes of these groups that still run."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) in groups and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process.pid)
+    return left
