@@ -145,24 +145,25 @@ def run(place: Place) -> list[Outcome]:
         shapes = [1, 2] if place.whole else [1]
         expected = {n: soak.undisturbed(f"whole-{n}", n) for n in shapes}
         number, used = 0, []
-        while time.monotonic() - began < seconds or not finished:
-            processes = shapes[number % len(shapes)]
-            name = f"soaked-{number}-on-{processes}"
-            try:
-                same = soak.disturbed(name, processes) == expected[processes]
-            except (AssertionError, OSError) as error:
-                soak.failures.append(f"{name}: {error}")
-                same = False
-            finished[name] += 1
-            digests["exact" if same else "other"] += 1
-            if not same:
-                soak.failures.append(f"{name} differs from the run that was left alone")
-            folder = place.folder / "runs" / name
-            used.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20)
-            number += 1
-            if same:
-                shutil.rmtree(folder)
-                shutil.rmtree(place.folder / "ids" / name)
+        with contextlib.suppress(KeyboardInterrupt):  # asks for what there is so far
+            while time.monotonic() - began < seconds or not finished:
+                processes = shapes[number % len(shapes)]
+                name = f"soaked-{number}-on-{processes}"
+                try:
+                    same = soak.disturbed(name, processes) == expected[processes]
+                except (AssertionError, OSError) as error:
+                    soak.failures.append(f"{name}: {error}")
+                    same = False
+                finished[name] += 1
+                digests["exact" if same else "other"] += 1
+                if not same:
+                    soak.failures.append(f"{name} differs from the run that was left alone")
+                folder = place.folder / "runs" / name
+                used.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20)
+                number += 1
+                if same:
+                    shutil.rmtree(folder)
+                    shutil.rmtree(place.folder / "ids" / name)
         left = _left(set(nurse.children))
     growths = [growth for life in soak.lives if (growth := life.growth()) is not None]
     files = [max(life.settled()[2]) - min(life.settled()[2])
