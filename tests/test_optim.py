@@ -127,7 +127,7 @@ def test_moving_average_follows_the_weights_and_swaps_back() -> None:
     for step in range(8):
         with torch.no_grad():
             weight.fill_(float(step))
-        average.update(step)
+        average.update(step, torch.zeros(()))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert float(average.average["0.weight"]) == pytest.approx(expected, rel=1e-5)

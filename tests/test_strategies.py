@@ -257,7 +257,8 @@ def main_branches(tree: ast.AST) -> list[ast.AST]:
 
 
 COLLECTIVES = {
-    "sum", "gather", "wait", "from_main", "on_main", "weights", "whole", "optimizer_tensors",
+    "sum", "gather", "nonfinite", "roll_back", "wait", "from_main", "on_main", "weights", "whole",
+    "optimizer_tensors",
     "on_host", "read", "snapshot", "shared_statistics", "evaluate", "close", "backward", "barrier",
     "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast_object_list", "full_tensor",
 }  # fmt: skip

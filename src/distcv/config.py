@@ -76,6 +76,14 @@ class TrainingFields(Strict):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="Evaluate a moving average of the weights with this decay."
     )
+    nonfinite: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="After 3 steps in a row without a finite loss and gradient: stop, or go back "
+        "to the last checkpoint.",
+    )
+    rollback_lr_factor: float = Field(
+        0.5, gt=0, le=1, description="Factor of the learning rate from each rollback on."
+    )
 
 
 class OptimizerFields(Strict):
@@ -166,7 +174,7 @@ GROUPS: dict[str, type[Strict]] = {
 # Fields that came after results were published, each with the value at which a run is as it was
 # before there was such a field. There the field is no part of a recipe's identity, so that what was
 # measured before still has the sum of its recipe; a default that is changed later has another one.
-ADDED: dict[str, object] = {}
+ADDED: dict[str, object] = {"nonfinite": "stop", "rollback_lr_factor": 0.5}
 
 
 class Recipe(AugmentationFields, ScheduleFields, OptimizerFields, TrainingFields, ModelFields):

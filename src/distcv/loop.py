@@ -13,15 +13,19 @@ from torch import Tensor
 
 from distcv.config import InputError
 from distcv.data.loading import PADDING, Batch
-from distcv.optim import lr_at
+from distcv.optim import Kept, lr_at
 from distcv.preempt import StopRequest
 from distcv.runtime import Runtime
 from distcv.runtime.device import memory
-from distcv.training import Progress, Training, averaged_weights, shared_statistics
+from distcv.training import SKIPS, Progress, Training, averaged_weights, shared_statistics
 
 AUGMENTED_AT_ONCE, AUGMENTED_NUMBERS = 1024, 2**24  # samples, and numbers in all
 LOOK_SECONDS = 2.0  # at most about so long, or one step, between looks for a stop request
 MISTAKES = 64  # wrong predictions that are kept of an evaluation
+
+
+class Diverged(InputError):
+    """Too many steps had no finite loss and gradient."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,10 @@ class Sums:
             [loss_sum.detach(), correct, torch.full_like(correct, len(labels))]
         )
 
-    def read(self, runtime: Runtime, *flags: float) -> list[float]:
-        """Totals over all processes, and those of further numbers; waits for the device."""
-        both = torch.cat([self.values, torch.tensor(flags, device=self.values.device)])
-        return runtime.sum(both).tolist()
+    def read(self, runtime: Runtime, steps: list[Tensor], *flags: float) -> list[float]:
+        """Totals over all processes, of steps' numbers and more too; waits for the device."""
+        more = torch.tensor(flags, device=self.values.device)
+        return runtime.sum(torch.cat([self.values, torch.stack(steps), more])).tolist()
 
 
 def stop_agreed(runtime: Runtime, stop: StopRequest) -> bool:
@@ -100,8 +104,11 @@ def train_epoch(
     Every ``log_every`` steps the sums are read and ``log`` gets a row. Then, and every two seconds
     where steps are slow, the processes agree on whether one of them was asked to stop.
 
+    A step without a finite loss and gradient on all processes is skipped: it leaves weights,
+    optimizer, BatchNorm's statistics and the sums as they were.
+
     Raises:
-        InputError: the loss is infinite or not a number; nothing is saved after that.
+        Diverged: three steps in a row were skipped, or all of an epoch; nothing is saved after.
     """
     recipe, runtime = training.recipe, training.runtime
     epoch = progress.step // training.steps_per_epoch
@@ -110,6 +117,7 @@ def train_epoch(
     training.model.train()
     training.batches.seek(progress.step)
     parts = augmented_parts(training, epoch)
+    skips: list[Tensor] = []  # 1 for each skipped step since the last look, 0 for each other
     since, since_step = time.perf_counter(), progress.step
     before = progress.train_seconds, progress.seconds
 
@@ -124,9 +132,11 @@ def train_epoch(
     while progress.step < end:
         runtime.beat(progress.step)
         lr = lr_at(progress.step, recipe, training.steps_per_epoch, training.total_steps)
+        lr *= progress.lr_factor
         for group in training.optimizer.param_groups:
             group["lr"] = lr
         log_due = (progress.step + 1) % log_every == 0 or progress.step + 1 == end
+        kept = Kept([window.values, *runtime.statistics])
         for part in range(recipe.gradient_accumulation_steps):
             inputs, targets, labels = next(parts)
             runtime.seed_step(progress.step, part)
@@ -137,12 +147,14 @@ def train_epoch(
                     logits, targets, reduction="sum", label_smoothing=recipe.label_smoothing
                 )
                 runtime.backward(runtime.loss_share(loss_sum, recipe.batch_size))
-                if runtime.last_part and (recipe.clip_norm or log_due):
-                    runtime.clip(training.model, recipe.clip_norm or math.inf)
-                runtime.step(training.optimizer)
             window.add(loss_sum, logits, labels)
+        if recipe.clip_norm or log_due:
+            runtime.clip(training.model, recipe.clip_norm or math.inf)
+        skips.append(runtime.nonfinite(window.values[0]))
+        runtime.step(training.optimizer, skips[-1])
+        kept.put_back_if(skips[-1].bool())
         if training.ema:
-            training.ema.update(progress.step)
+            training.ema.update(progress.step, skips[-1])
         progress.step += 1
         advance()
 
@@ -153,17 +165,20 @@ def train_epoch(
         # The main process says when the next look is due, by the time that steps took lately.
         due_in = max(1.0, LOOK_SECONDS / step_seconds) if runtime.is_main else 0.0
         nodes = runtime.node_metrics.share() if runtime.node_metrics else []
-        read = window.read(runtime, float(stop.pending()), due_in, *nodes)
-        sums, stops, due_in, nodes = read[:3], read[3], read[4], read[5:]
+        read = window.read(runtime, skips, float(stop.pending()), due_in, *nodes)
+        sums, (stops, due_in, *nodes) = read[:3], read[3 + len(skips) :]
+        diverged = progress.count_skips(read[3 : 3 + len(skips)])
+        skips.clear()
         elapsed = clock()
         step_seconds = max((elapsed - last_look) / (progress.step - looked_at), 1e-6)
         last_look, looked_at, look_at = elapsed, progress.step, progress.step + int(due_in)
-        if not math.isfinite(sums[0]):
-            raise InputError(
-                f"the loss is {sums[0]} after step {progress.step}, lr {lr:.4g}: lower --lr or set "
-                "--clip-norm; checkpoints from before are kept"
+        if diverged or (progress.step == end and progress.epoch_sums[2] + sums[2] == 0):
+            raise Diverged(
+                f"no finite loss and gradient in {SKIPS} steps in a row, or all of an epoch, by "
+                f"step {progress.step}, lr {lr:.4g}: lower --lr or set --clip-norm; checkpoints "
+                "from before are kept"
             )
-        if log_due:
+        if log_due and sums[2]:
             images = (progress.step - since_step) * recipe.batch_size
             rate = images / (elapsed - last_logged)
             row = _train_row(training, progress, sums, lr, rate)
@@ -198,6 +213,7 @@ def _train_row(
         "accuracy": 100 * correct / samples,
         "lr": lr,
         "grad_norm": runtime.gradient_norm(),
+        "skipped_steps": progress.skipped_steps,
         "images_per_second": rate,
         "mfu": 100 * training.utilization(rate),
         "memory_mib": memory(runtime.device) / 2**20,

@@ -27,9 +27,54 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+class Kept:
+    """Copies of tensors, to be put back if a step turns out to be bad; nobody waits to know it.
+
+    Of tensors in pieces (FSDP2's), those that this process holds.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        held = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        self.tensors = [t.detach() for t in held]
+        self.copies = [t.clone() for t in self.tensors]
+
+    def put_back_if(self, bad: Tensor) -> None:
+        """Put the copies back if ``bad``, a bool () on the device, is true."""
+        for tensor, copy in zip(self.tensors, self.copies, strict=True):
+            torch.where(bad, copy, tensor, out=tensor)
+
+
+class SGD(torch.optim.SGD):
+    """torch's, which changes nothing in a step for which ``found_inf``, a float (), is 1.
+
+    torch's own knows that in its fused form alone, and there it would leave the memory of new
+    momentum as it found it (torch 2.14). So the momentum begins as zeros, of which the first step
+    makes the same.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if self.defaults["momentum"]:
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        bad = self.found_inf
+        if bad is None or self.param_groups[0]["fused"]:
+            super().step()
+            return
+        before = Kept([*params, *(t for p in params for t in self.state[p].values())])
+        self.found_inf = None
+        super().step()
+        before.put_back_if(bad.bool())
+
+
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with (Nesterov) momentum, one fused kernel over all parameters."""
-    return torch.optim.SGD(
+    return SGD(
         parameter_groups(model, recipe),
         lr=recipe.lr,
         momentum=recipe.momentum,
@@ -51,8 +96,11 @@ class MuonAdamW(torch.optim.Optimizer):
     A convolution's weight (O, I, H, W) is the matrix (O, I·H·W). Updates of Muon are scaled to the
     root mean square of AdamW's, so that one learning rate serves both (Liu et al., "Muon is
     scalable for LLM training", 2025; K. Jordan, "Muon", 2024). A group's key ``muon`` says whose
-    it is. The two update rules are torch's own; its Muon class takes matrices only.
+    it is. The two update rules are torch's own; its Muon class takes matrices only. A step for
+    which ``found_inf``, a float () on the device, is 1 changes nothing, as in torch's fused ones.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool,
@@ -72,10 +120,12 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        before = Kept([*params, *buffers])
         muon(
             [_matrix(p) for p in params],
             [_matrix(p.grad) for p in params if p.grad is not None],
-            [_matrix(self.state[p]["momentum_buffer"]) for p in params],
+            [_matrix(buffer) for buffer in buffers],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
@@ -86,6 +136,8 @@ class MuonAdamW(torch.optim.Optimizer):
             adjust_lr_fn="match_rms_adamw",
             has_complex=False,
         )
+        if self.found_inf is not None:
+            before.put_back_if(self.found_inf.bool())
 
     def _step_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -109,6 +161,7 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=1e-8,
             maximize=False,
+            found_inf=self.found_inf,
         )
 
 
@@ -191,10 +244,14 @@ class MovingAverage:
         self.average = {name: tensor.clone() for name, tensor in live.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step ``step`` (the first is 0)."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)
+    def update(self, step: int, skipped: Tensor) -> None:
+        """Take in the weights after optimizer step ``step`` (the first is 0).
+
+        Unless ``skipped``, a float () on the device, is 1; it is 0 otherwise.
+        """
+        weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
+        average = list(self.average.values())
+        torch._foreach_lerp_(average, list(self.live.values()), [weight] * len(average))
 
     @torch.no_grad()
     def swap(self) -> None:

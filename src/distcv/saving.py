@@ -8,9 +8,10 @@ from distcv.config import InputError
 from distcv.preempt import StopRequest
 from distcv.run_folder import RunFolder
 from distcv.tracking import Console, Trackers
-from distcv.training import Progress, Training, snapshot
+from distcv.training import Progress, Training, restore, snapshot
 
 FAILURES = 3  # saves in a row that fail before a run stops
+ROLLBACKS = 3  # of one run, at most
 
 
 class NotSaved(Exception):
@@ -76,6 +77,26 @@ class Saver:
         check = self.folder.lease.check
         self.last = checkpoint.save(folder, progress.step, held, check=check).name
         checkpoint.prune(folder, keep={progress.best_step, *self.keep})
+
+    def roll_back(self, progress: Progress, why: Exception) -> Progress | None:
+        """Go back to the newest checkpoint with a lower learning rate, by all processes together.
+
+        It is written anew, so that a run that is resumed from it goes the same way. None if the run
+        is to stop instead: that is the recipe's choice, or rollbacks didn't help.
+        """
+        recipe, runtime, folder = self.training.recipe, self.training.runtime, self.folder
+        if recipe.nonfinite == "stop" or progress.rollbacks == ROLLBACKS:
+            return None
+        path = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, self.console.say))
+        if path is None:
+            return None
+        before = restore(self.training, checkpoint.load(path)).rolled_back(recipe)
+        runtime.on_main(lambda: folder.cut_metrics(before.step))
+        self.console.say(
+            f"{why}; rolled back to step {before.step}, learning rate times {before.lr_factor:g}"
+        )
+        self.save(before)
+        return before
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, by all processes together.

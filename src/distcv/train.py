@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distcv.command_line import RunOptions, read_command_line, run_command
@@ -91,7 +92,7 @@ def run(
 ) -> int:
     """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
-    from distcv.loop import stop_agreed, train_epoch
+    from distcv.loop import Diverged, stop_agreed, train_epoch
     from distcv.samples import sample_picture
     from distcv.saving import Saver
     from distcv.tracking import Console, Trackers
@@ -173,6 +174,9 @@ def run(
         )
         return stop.answer(progress.step)
 
+    if newest is None and recipe.nonfinite == "rollback":
+        saver.save(progress)  # a place to go back to
+
     # Train, epoch by epoch; evaluate and save after each.
     if stop_agreed(runtime, stop):
         return leave()
@@ -191,13 +195,16 @@ def run(
                         log=log_training,
                         advance=console.advance,
                         checkpoint_every=options.checkpoint_every,
-                        save=lambda: saver.save(progress),
+                        save=partial(saver.save, progress),
                         stop=stop,
                     )
-                except InputError as error:
-                    trackers.fail(str(error))
-                    runtime.wait()  # a launcher ends all as soon as one has left
-                    raise
+                except Diverged as error:
+                    if (before := saver.roll_back(progress, error)) is None:
+                        trackers.fail(str(error))
+                        runtime.wait()  # a launcher ends all as soon as one has left
+                        raise
+                    progress = before
+                    continue
         if not stopped:
             evaluation = timed_evaluation(training, progress, stop)
         if stopped or evaluation is None:

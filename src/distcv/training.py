@@ -29,6 +29,7 @@ from distcv.optim import OPTIMIZERS, MovingAverage
 from distcv.runtime import Runtime
 
 EVALUATION_BATCH = 1000
+SKIPS = 3  # so many skipped steps in a row are too many
 
 
 @dataclass
@@ -45,6 +46,31 @@ class Progress:
     window_sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # since the last log point
     best_accuracy: float | None = None  # on the test set, in percent
     best_step: int | None = None
+    skipped_steps: int = 0  # had no finite loss and gradient, so that they changed nothing
+    skipped_in_a_row: int = 0  # of them, the last ones
+    rollbacks: int = 0
+    lr_factor: float = 1.0  # of the learning rate, for want of finite gradients at the whole of it
+
+    def count_skips(self, skips: list[float]) -> bool:
+        """Count the steps that were skipped, told by a number above 0; whether they are too many.
+
+        That is so if three came in a row, the ones before included.
+        """
+        too_many = False
+        for skip in skips:
+            self.skipped_steps += skip > 0
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip > 0 else 0
+            too_many = too_many or self.skipped_in_a_row >= SKIPS
+        return too_many
+
+    def rolled_back(self, recipe: Recipe) -> "Progress":
+        """That of a training which goes on from here with a lower learning rate."""
+        return dataclasses.replace(
+            self,
+            skipped_in_a_row=0,
+            rollbacks=self.rollbacks + 1,
+            lr_factor=self.lr_factor * recipe.rollback_lr_factor,
+        )
 
 
 @dataclass

@@ -98,7 +98,7 @@ class BareLoop:
                     logits, targets, reduction="sum", label_smoothing=recipe.label_smoothing
                 )
                 self.backward(runtime.loss_share(loss_sum, recipe.batch_size))
-                runtime.step(optimizer)
+        runtime.step(optimizer)
 
     def run(self, seconds: float) -> tuple[int, float]:
         """Compute for about so long; images and seconds."""

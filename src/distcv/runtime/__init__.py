@@ -19,6 +19,7 @@ from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
 from distcv.durable import explain
 from distcv.environment import keep_memory
+from distcv.runtime.device import joined
 from distcv.runtime.heartbeat import Heartbeat, die, own_store
 from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.nodes import NodeMetrics
@@ -63,6 +64,7 @@ class Runtime:
         self.compile, self.sync_bn = compile, sync_bn and self.processes > 1
         self.precision = AUTOCAST[recipe.precision]
         self.norm: Any = math.nan
+        self.one = torch.ones((), device=self.device)
         if recipe.precision == "fp16" and not self.strategy.has_engine:
             self.accelerator.scaler = torch.amp.GradScaler(self.device.type)
         if self.device.type == "cuda":
@@ -122,6 +124,7 @@ class Runtime:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             prepared = self.accelerator.prepare(network, optimizer, *loaders)
         self.strategy.wrapped(prepared[0], prepared[1])
+        self.statistics = joined(network.buffers())
         return tuple(prepared)
 
     def _channels_last_pays(self, network: nn.Module) -> bool:
@@ -172,24 +175,42 @@ class Runtime:
         part: contextlib.AbstractContextManager[Any] = self.accelerator.accumulate(model)
         return part
 
-    @property
-    def last_part(self) -> bool:
-        """Whether the part under way is the last of its batch."""
-        return bool(self.accelerator.sync_gradients)
-
     def loss_share(self, loss_sum: Tensor, batch_size: int) -> Tensor:
         """This part's share of the mean loss over the global batch.
 
         Gradients are averaged over processes and Accelerate divides by the number of parts, so
         the sum is scaled up by both: the result is exact for shares of unequal size too.
+
+        The gradient of a loss that is not finite is made not finite too, which it might be.
         """
-        return loss_sum * (self.processes * self.accumulation / batch_size)
+        share = self.processes * self.accumulation / batch_size
+        return loss_sum * (loss_sum.detach() * 0 + share)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def step(self, optimizer: Any) -> None:
-        """One optimizer step at the last part of a batch; clears the gradients.
+    @torch.no_grad()
+    def nonfinite(self, losses: Tensor) -> Tensor:
+        """Whether a batch has no finite gradient, or no finite sum of losses, on any process.
+
+        To be called after the backward pass of its last part. With fp16 the losses alone count:
+        its scaler deals with gradients, of which some have to overflow. A float (), 0 or 1, the
+        same on all processes; nobody waits for it.
+        """
+        found = torch.zeros((), device=self.device)
+        if self._scaler:
+            found += ~(losses.abs() < math.inf)
+        elif self.strategy.has_engine:
+            found += float(self.strategy.overflow())
+        else:  # the loss scaler's check of all gradients at once; they are multiplied by 1
+            gradients = self.strategy.gradients()
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self.one)
+        if self.processes > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found
+
+    def step(self, optimizer: Any, nonfinite: Tensor | None = None) -> None:
+        """One optimizer step, left out if ``nonfinite`` is 1; clears the gradients.
 
         Accelerate's wrapper scales losses and calls DeepSpeed. Where neither is needed it costs 3 %
         of `gap`'s time, since it looks through the file system for optional packages.
@@ -198,8 +219,8 @@ class Runtime:
             optimizer.step()
             optimizer.zero_grad()
             self.strategy.stepped()
-        elif self.last_part:
-            self.strategy.optimizer.step()
+        else:
+            self.strategy.step(nonfinite)
             self.strategy.optimizer.zero_grad()
 
     def clip(self, model: nn.Module, norm: float) -> None:

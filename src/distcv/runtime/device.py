@@ -1,7 +1,13 @@
-"""Questions to the device."""
+"""The device and its memory."""
+
+import itertools
+from collections.abc import Iterable
 
 import psutil
 import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # numbers; kernels may ask for 16 bytes
 
 
 def synchronize() -> None:
@@ -15,3 +21,22 @@ def memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def joined(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Move tensors into one row of memory a type, so that few operations copy them all.
+
+    They stay the same objects, and become views of the rows, which are returned.
+    """
+    rows = []
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for alike in by_type.values():
+        sizes = (-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in alike)
+        *starts, end = itertools.accumulate(sizes, initial=0)
+        rows.append(alike[0].new_zeros(end))
+        for tensor, start in zip(alike, starts, strict=True):
+            place = rows[-1][start : start + tensor.numel()].view(tensor.shape)
+            tensor.data = place.copy_(tensor)
+    return rows

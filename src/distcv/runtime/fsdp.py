@@ -36,6 +36,9 @@ class Fsdp2(WholeCopies):
             # Else the loss scaler of fp16 leaves its part to the fused kernel.
             self.optimizer._step_supports_amp_scaling = False
 
+    def gradients(self) -> list[Tensor]:
+        return [g.to_local() if isinstance(g, DTensor) else g for g in super().gradients()]
+
     def gradient_norm(self, clipped: Any) -> Any:
         return clipped.full_tensor() if isinstance(clipped, DTensor) else clipped
 

@@ -48,6 +48,20 @@ class WholeCopies:
         scaler: torch.amp.GradScaler | None = accelerator.scaler
         return scaler
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients before a step, as far as this process holds them."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.grad for p in params if p.grad is not None]
+
+    def step(self, nonfinite: Tensor | None) -> None:
+        """One step of the optimizer, which changes nothing if ``nonfinite``, a float (), is 1."""
+        self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def overflow(self) -> bool:
+        """Whether an engine has left out the last step, for want of a finite gradient."""
+        return False
+
     def clip(self, norm: float) -> None:
         """Called before a step whose gradient an engine is to clip."""
 

@@ -69,6 +69,12 @@ class Zero(WholeCopies):
     # Of the loss scaler of fp16 DeepSpeed's clipping knows nothing, nor the scaler of an overflow:
     # the scale would never fall (0.19.8).
 
+    # It leaves out a step without a finite gradient by itself, and on all processes: it reads the
+    # norm in every step, for which it waits.
+
+    def overflow(self) -> bool:
+        return bool(self.zero.overflow)
+
     def clip(self, norm: float) -> None:
         if (scaler := self.zero.torch_autocast_gradscaler) and math.isfinite(norm):
             self.zero.clip_grad = norm * scaler.get_scale()
@@ -133,6 +139,10 @@ class Zero(WholeCopies):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         params = self._parameters()
+        for flat in self._flat_weights():  # what it has by now, where there was none at the start
+            for value in self.optimizer.state[flat].values():
+                if isinstance(value, Tensor):
+                    value.zero_()
         for slot, value in {key.rsplit(":", 1)[1]: value for key, value in tensors.items()}.items():
             for flat in self._flat_weights():  # the state of a new optimizer is empty
                 state = self.optimizer.state[flat]

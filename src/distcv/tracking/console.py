@@ -24,6 +24,7 @@ class Console:
         self.epochs, self.batch_size = recipe.epochs, recipe.batch_size
         self.bar: tqdm[Any] | None = None
         self.last_line = time.monotonic()
+        self.skipped = 0
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -56,7 +57,13 @@ class Console:
             self.bar.update(self.batch_size)
 
     def training(self, row: dict[str, Any]) -> None:
-        """Show a row of training metrics."""
+        """Show a row of training metrics; say if steps were skipped since the last one."""
+        if row["skipped_steps"] > self.skipped:
+            self.skipped = row["skipped_steps"]
+            self.say(
+                f"step {row['step']}: {self.skipped} skipped so far, without a finite loss and "
+                "gradient"
+            )
         words = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.2f} %  lr {row['lr']:.4g}"
         if self.live and self.bar is not None:
             self.bar.set_postfix_str(words, refresh=False)

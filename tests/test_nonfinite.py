@@ -1,0 +1,246 @@
+"""Steps without a finite loss and gradient: skipped, told, and too many in a row."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trajectory import differing, state_of
+
+from distcv import loop
+from distcv.config import InputError, Recipe
+from distcv.data import ImageData
+from distcv.loop import Diverged, train_epoch
+from distcv.optim import OPTIMIZERS, Kept
+from distcv.runtime import Runtime
+from distcv.runtime.device import joined
+from distcv.training import Progress, Training, build, load_data
+
+RECIPE = Recipe(
+    model="gap", dataset="synthetic", batch_size=8, lr=0.02, dropout=0.1, ema_decay=0.9,
+    clip_norm=1.0,
+)  # fmt: skip
+STEPS = 7
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    whole = load_data(RECIPE, Path(), print)
+    return dataclasses.replace(
+        whole, train_images=whole.train_images[:80], train_labels=whole.train_labels[:80]
+    )
+
+
+class Until:
+    """Asks to stop after so many steps."""
+
+    signalled = False
+
+    def __init__(self, steps: int, progress: Progress) -> None:
+        self.steps, self.progress = steps, progress
+
+    def pending(self) -> bool:
+        return self.progress.step >= self.steps
+
+
+class Trained:
+    """A training of a few steps, with what it logged."""
+
+    def __init__(self, recipe: Recipe, data: ImageData) -> None:
+        self.training: Training = build(recipe, data, Runtime(recipe))
+        self.progress = Progress()
+        self.rows: list[dict[str, Any]] = []
+
+    def to(self, step: int, log_every: int = 1) -> "Trained":
+        stop: Any = Until(step, self.progress)
+        train_epoch(
+            self.training, self.progress, log_every=log_every, log=self.rows.append,
+            advance=lambda: None, checkpoint_every=None, save=lambda: None, stop=stop,
+        )  # fmt: skip
+        return self
+
+    def past(self, steps: set[int]) -> "Trained":
+        """To the end, as if these steps (from 0) were not there."""
+        for step in sorted(steps):
+            if step > self.progress.step:
+                self.to(step)
+            self.progress.step = step + 1
+        return self.to(STEPS)
+
+    def unlike(self, other: "Trained") -> list[str]:
+        """Names of tensors that differ."""
+        return differing(
+            state_of(self.training, self.progress), state_of(other.training, other.progress)
+        )
+
+
+def spoil_losses(monkeypatch: pytest.MonkeyPatch, one: Trained, steps: set[int], bad: float,
+                 part: int = 0) -> None:  # fmt: skip
+    """Multiply the loss of one part of these steps."""
+    original: Callable[..., Tensor] = torch.nn.functional.cross_entropy
+    calls = [0]
+
+    def spoilt(*args: Any, **kwargs: Any) -> Tensor:
+        loss = original(*args, **kwargs)
+        turn = calls[0] % one.training.recipe.gradient_accumulation_steps
+        calls[0] += 1
+        return loss * bad if one.progress.step in steps and turn == part else loss
+
+    monkeypatch.setattr(loop.F, "cross_entropy", spoilt)
+
+
+def spoil_gradients(
+    monkeypatch: pytest.MonkeyPatch, one: Trained, steps: set[int], bad: float
+) -> None:
+    """Write to a single number of the last gradient of these steps."""
+    runtime = one.training.runtime
+    clip = runtime.clip
+
+    def spoilt(*args: Any) -> None:
+        clip(*args)
+        if one.progress.step in steps:
+            runtime.strategy.gradients()[-1].view(-1)[-1] = bad
+
+    monkeypatch.setattr(runtime, "clip", spoilt)
+
+
+CASES = {
+    "sgd": {},
+    "sgd without momentum": {"momentum": 0.0, "nesterov": False},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3},
+    "muon": {"optimizer": "muon", "lr": 1e-3},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_skipped_step_leaves_everything_as_it_was(
+    what: str, case: str, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = RECIPE.model_copy(update=CASES[case])
+    steps = {0, 3, 4}  # the first step makes the optimizer's state
+    expected = Trained(recipe, data).past(steps)
+    one = Trained(recipe, data)
+    if what == "loss":
+        spoil_losses(monkeypatch, one, steps, INF, recipe.gradient_accumulation_steps - 1)
+    else:
+        spoil_gradients(monkeypatch, one, steps, NAN)
+    one.to(STEPS)
+    assert one.unlike(expected) == []
+    assert one.rows[-1]["loss"] == expected.rows[-1]["loss"]
+    assert one.progress.skipped_steps == 3 and one.progress.skipped_in_a_row == 0
+    assert [row["step"] for row in one.rows] == [2, 3, 6, 7], "nothing to tell of the others"
+    assert [row["skipped_steps"] for row in one.rows] == [1, 1, 3, 3]
+
+
+def test_an_infinite_loss_whose_gradient_is_finite_is_skipped_too(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Trained(RECIPE, data).past({2})
+    one = Trained(RECIPE, data)
+    original = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        loop.F, "cross_entropy",
+        lambda *args, **kwargs: original(*args, **kwargs) + (INF if one.progress.step == 2 else 0),
+    )  # fmt: skip
+    one.to(STEPS)
+    assert one.progress.skipped_steps == 1 and one.unlike(expected) == []
+
+
+def test_an_overflow_of_fp16_is_not_counted_but_a_bad_loss_is(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Trained(RECIPE.model_copy(update={"precision": "fp16"}), data)
+    runtime = one.training.runtime
+    backward = runtime.backward
+    monkeypatch.setattr(
+        runtime, "backward", lambda loss: backward(loss * (1e38 if one.progress.step < 4 else 1))
+    )
+    spoil_losses(monkeypatch, one, {5}, NAN)
+    one.to(5)
+    assert one.progress.skipped_steps == 0
+    before = state_of(one.training, one.progress)
+    one.to(6)
+    assert one.progress.skipped_steps == 1
+    assert differing(before, state_of(one.training, one.progress)) == []
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_three_in_a_row_are_too_many(
+    log_every: int, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)
+    one = Trained(RECIPE.model_copy(update={"max_steps": 9}), data)
+    spoil_losses(monkeypatch, one, {1, 2, 4, 5, 6}, NAN)
+    with pytest.raises(Diverged, match=r"by step \d, lr 0.0\d+: lower --lr"):
+        one.to(9, log_every)
+    assert one.progress.step == min(9, -(-7 // log_every) * log_every)
+    assert one.progress.skipped_steps == 5
+
+
+def test_they_are_counted_over_the_end_of_an_epoch(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Trained(RECIPE, data)
+    assert one.training.steps_per_epoch == 10
+    spoil_losses(monkeypatch, one, {8, 9, 10}, NAN)
+    one.to(10)
+    one.progress.epoch_sums = [0.0] * 3
+    assert one.progress.skipped_in_a_row == 2
+    with pytest.raises(Diverged):
+        one.to(11)
+
+
+def test_skips_are_counted_one_by_one() -> None:
+    progress = Progress(skipped_steps=4, skipped_in_a_row=2)
+    assert not progress.count_skips([0, 2, 2])  # a sum over two processes
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (6, 2)
+    assert progress.count_skips([1, 0])
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (7, 0)
+    back = progress.rolled_back(Recipe(rollback_lr_factor=0.1)).rolled_back(Recipe())
+    assert (back.rollbacks, back.lr_factor, back.skipped_steps) == (2, 0.05, 7)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sgd_keeps_momentum_and_weights_where_it_is_told_to(fused: bool) -> None:
+    p, like = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours = OPTIMIZERS["sgd"](torch.nn.ParameterList([p]), Recipe(weight_decay=0.1))  # type: ignore
+    theirs = torch.optim.SGD([like], lr=0.1, momentum=0.9, nesterov=True)
+    for group in ours.param_groups:
+        group["fused"] = fused
+    for step, bad in enumerate([1.0, 0.0, 1.0, 0.0]):
+        ours.found_inf = torch.tensor(bad)  # type: ignore[attr-defined]
+        p.grad = torch.full((3,), NAN if bad else float(step))
+        ours.step()
+        if not bad:
+            like.grad = torch.full((3,), float(step))
+            theirs.step()
+    assert torch.equal(p, like)
+
+
+def test_tensors_that_share_memory_stay_the_same_objects() -> None:
+    network = torch.nn.BatchNorm2d(3)
+    tensors = list(network.buffers())
+    rows = joined(network.buffers())
+    assert sorted(row.dtype.is_floating_point for row in rows) == [False, True]
+    kept = Kept(rows)
+    network(torch.randn(4, 3, 2, 2))
+    assert all(a is b for a, b in zip(tensors, network.buffers(), strict=True))
+    assert int(network.num_batches_tracked) == 1  # type: ignore[arg-type]
+    kept.put_back_if(torch.tensor(False))
+    assert float(network.running_mean.abs().sum()) > 0  # type: ignore[union-attr]
+    kept.put_back_if(torch.tensor(True))
+    assert torch.equal(network.running_mean, torch.zeros(3))  # type: ignore[arg-type]
+    assert torch.equal(network.running_var, torch.ones(3))  # type: ignore[arg-type]
+    assert int(network.num_batches_tracked) == 0  # type: ignore[arg-type]
+
+
+def test_a_rollback_factor_above_one_is_refused() -> None:
+    with pytest.raises((InputError, ValueError), match="rollback_lr_factor"):
+        Recipe(rollback_lr_factor=1.5)
