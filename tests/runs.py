@@ -15,6 +15,25 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [sys.executable, "-m", "distcv.train"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
+# What Accelerate tells the processes of launch/*.yaml (tests/test_launch_files.py); but parts of
+# 1,000 parameters, so that these small networks are cut at all.
+STRATEGY: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+        "FSDP_MIN_NUM_PARAMS": "1000",
+    },
+}
+for stage in "123":
+    STRATEGY[f"zero{stage}"] = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    }
+
 
 def launched(processes: int, *options: str, file: str = "cpu") -> list[str]:
     """The command that starts this many processes by Accelerate and one of the launch files."""

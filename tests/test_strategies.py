@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ONE_THREAD, ROOT
+from runs import ONE_THREAD, ROOT, STRATEGY
 
 PACKAGE = ROOT / "src/distcv"
 
@@ -39,25 +39,6 @@ READERS = [
     *(("plain", reader) for reader in WRITERS + ELSEWHERE),
     *(("normed", reader) for reader in ("single", "zero1 x3")),
 ]
-
-# What Accelerate tells the processes of launch/*.yaml (tests/test_launch_files.py); but parts of
-# 1,000 parameters, so that these small networks are cut at all.
-STRATEGY: dict[str, dict[str, str]] = {
-    "ddp": {},
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
-        "FSDP_MIN_NUM_PARAMS": "1000",
-    },
-}
-for stage in "123":
-    STRATEGY[f"zero{stage}"] = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-    }
 
 
 def ranks(processes: int) -> list[dict[str, str]]:
@@ -261,6 +242,7 @@ COLLECTIVES = {
     "optimizer_tensors",
     "on_host", "read", "snapshot", "shared_statistics", "evaluate", "close", "backward", "barrier",
     "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast_object_list", "full_tensor",
+    "nonfinite", "roll_back",
 }  # fmt: skip
 
 

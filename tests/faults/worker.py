@@ -6,6 +6,7 @@ The variable FAULTS holds a JSON object; each key is a hook:
 - ``mark``: file; gets a line at the start of each phase: init (before the processes are joined),
   training, evaluation, saving, last (before the last step).
 - ``hold``: {phase: seconds}; how long to wait at the first start of that phase.
+- ``spoil``, ``without``: see ``spoil.py``.
 """
 
 import json
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from spoil import spoil, without
 
 
 def main(flags: list[str]) -> None:
@@ -46,6 +49,10 @@ def main(flags: list[str]) -> None:
 
         setattr(owner, attribute, hooked)
 
+    if "spoil" in faults:
+        spoil(rank, **faults["spoil"])
+    if "without" in faults:
+        without(**faults["without"])
     train_epoch: Callable[..., bool] = distcv.loop.train_epoch
     number = [0]
 
