@@ -47,11 +47,12 @@ def save(
 ) -> Path:
     """Write ``folder/step-NNNNNNNN`` so that it is there whole or not at all, and stays there.
 
-    ``check`` is called before the commit.
+    ``check`` is called before anything is written, and before the commit.
 
     Raises:
         OSError: the disk is full or not writable; the checkpoints from before are as they were.
     """
+    check()
     final = place(folder, step)
     replaced = final.with_name(f"replaced-{final.name}")
     temporary = final.with_name(f".{final.name}.new")

@@ -39,7 +39,7 @@ class Lease:
     """A folder that this process alone holds, from `take` to `release`.
 
     A process that stood still (SIGSTOP, a paused machine) for so long that another host took over
-    is ended by ``give_up``, as soon as it runs again.
+    is ended by ``give_up`` as soon as it runs again; so is one whose lease somebody has removed.
     """
 
     def __init__(self, folder: Path, *, give_up: Callable[[str], None] = die) -> None:
@@ -48,7 +48,7 @@ class Lease:
         self.lock = filelock.FileLock(folder / "lock", fallback_to_soft=False, thread_local=False)
         boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
         self.here = {"host": socket.gethostname(), "boot": boot}
-        self.token, self.beats = secrets.token_hex(16), 0
+        self.token, self.beats, self.held = secrets.token_hex(16), 0, False
         self._give_up, self._leaving = give_up, threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -72,16 +72,19 @@ class Lease:
         except BaseException:
             self.lock.release()
             raise
+        self.held = True
         self._thread.start()
 
     def check(self) -> None:
         """Give up if another process has taken over; to be called before anything is written."""
-        with contextlib.suppress(OSError):  # what can't be read says nothing
-            self._compare(self._read())
+        if self.held:
+            with contextlib.suppress(OSError):  # what can't be read says nothing
+                self._compare(self._read())
 
     def release(self) -> None:
         """Let go, if this process holds the folder."""
-        if self._thread.is_alive():
+        if self.held:
+            self.held = False
             self._end.set()
             self._thread.join(BEAT_SECONDS)  # it may not come back from the file system
             with contextlib.suppress(OSError):
@@ -158,23 +161,26 @@ class Lease:
     def _beat(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
             self.beats += 1
-            with contextlib.suppress(OSError):  # a disk that is full for a while ends no training
-                try:
-                    # In place: a rename could overwrite what another has put here meanwhile.
-                    with self.path.open("r+b") as file:
-                        self._compare(file.read())
-                        file.seek(0)
-                        file.write(self._text())
-                        file.truncate()
-                except FileNotFoundError:
-                    self._create()
+            try:
+                # In place: a rename could overwrite what another has put here meanwhile.
+                with self.path.open("r+b") as file:
+                    self._compare(file.read())
+                    file.seek(0)
+                    file.write(self._text())
+                    file.truncate()
+            except FileNotFoundError:
+                self._compare(None)
+            except OSError:
+                pass  # a disk that is full for a while ends no training
 
     def _compare(self, seen: bytes | None) -> None:
-        if _record(seen).get("token", self.token) != self.token:
+        """Give up if that is another's lease, or none; one that is damaged says nothing."""
+        if seen is None or _record(seen).get("token", self.token) != self.token:
+            by = _who(seen) or ", or its lease.json removed,"
             with self._leaving:  # one line, of two threads
                 self._give_up(
-                    f"run folder {self.folder} was taken over{_who(seen)} while this process stood "
-                    "still: it ends, and leaves the folder as it is"
+                    f"run folder {self.folder} was taken over{by} while this process stood still: "
+                    "it ends, and leaves the folder as it is"
                 )
 
     def _read(self) -> bytes | None:

@@ -41,7 +41,7 @@ class RunFolder:
     def open(self, recipe: Recipe, say: Callable[[str], None]) -> None:
         """Create the folder or return to it, and hold it until it is closed.
 
-        ``say`` gets a line for each damaged file that is not used, and if the folder was a dead
+        ``say`` gets a line for each damaged file that is not used, and one if the folder was a dead
         process's on another host.
         """
         self.say = say
@@ -127,7 +127,6 @@ class RunFolder:
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl, or keep it until there is room."""
-        self.lease.check()
         self.unwritten += json.dumps(row).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._write_rows()
@@ -142,6 +141,7 @@ class RunFolder:
         sync(self.metrics)
 
     def _write_rows(self) -> None:
+        self.lease.check()
         with self.metrics.open("ab") as file:
             file.truncate(min(self.whole_rows, file.tell()))
             file.write(self.unwritten)
