@@ -242,7 +242,6 @@ COLLECTIVES = {
     "optimizer_tensors",
     "on_host", "read", "snapshot", "shared_statistics", "evaluate", "close", "backward", "barrier",
     "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast_object_list", "full_tensor",
-    "nonfinite", "roll_back",
 }  # fmt: skip
 
 

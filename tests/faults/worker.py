@@ -7,6 +7,9 @@ The variable FAULTS holds a JSON object; each key is a hook:
   training, evaluation, saving, last (before the last step).
 - ``hold``: {phase: seconds}; how long to wait at the first start of that phase.
 - ``spoil``, ``without``: see ``spoil.py``.
+- ``host``: {name, clock, beat}; as on another host of that name, whose clock is off by so many
+  seconds: it is alone with its locks, as on a file system where each node locks for itself. A beat
+  of a run folder's lease takes so many seconds.
 """
 
 import json
@@ -53,6 +56,8 @@ def main(flags: list[str]) -> None:
         spoil(rank, **faults["spoil"])
     if "without" in faults:
         without(**faults["without"])
+    if "host" in faults:
+        be_host(**faults["host"])
     train_epoch: Callable[..., bool] = distcv.loop.train_epoch
     number = [0]
 
@@ -85,6 +90,20 @@ def main(flags: list[str]) -> None:
         Path(faults["ids"]).mkdir(parents=True, exist_ok=True)
     sys.argv = ["distcv.train", *flags]
     run_command(distcv.train.main)
+
+
+def be_host(name: str, clock: float, beat: float) -> None:
+    """Be a process on this host; its clock is off by ``clock`` seconds."""
+    import fcntl
+    import socket
+
+    import distcv.lease
+
+    now = time.time
+    time.time = lambda: now() + clock
+    socket.gethostname = lambda: name
+    fcntl.flock = lambda descriptor, operation: None
+    distcv.lease.BEAT_SECONDS = beat
 
 
 class Noted:
