@@ -4,16 +4,19 @@ The variable FAULTS holds a JSON object; each key is a hook:
 
 - ``ids``: folder; each start leaves ``START-rank-RANK.jsonl`` there, the sample ids of each step.
 - ``mark``: file; gets a line at the start of each phase: init (before the processes are joined),
-  training, evaluation, saving, last (before the last step).
+  training, evaluation, saving, saved (after it), last (before the last step).
 - ``hold``: {phase: seconds}; how long to wait at the first start of that phase.
 - ``spoil``, ``without``: see ``spoil.py``.
 - ``host``: {name, clock, beat}; as on another host of that name, whose clock is off by so many
   seconds: it is alone with its locks, as on a file system where each node locks for itself. A beat
   of a run folder's lease takes so many seconds.
+- ``still``: a phase, at the first start of which the process stops until it gets a SIGCONT.
+- ``saves``: a run folder; instead of a training, step 30 is saved there twice.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +44,8 @@ def main(flags: list[str]) -> None:
                 file.write(name + "\n")
         if name not in held:
             held.add(name)
+            if faults.get("still") == name:
+                os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(faults.get("hold", {}).get(name, 0))
 
     def before(owner: Any, attribute: str, name: str) -> None:
@@ -48,7 +53,10 @@ def main(flags: list[str]) -> None:
 
         def hooked(*args: Any, **kwargs: Any) -> Any:
             phase(name)
-            return original(*args, **kwargs)
+            value = original(*args, **kwargs)
+            if name == "saving":
+                phase("saved")
+            return value
 
         setattr(owner, attribute, hooked)
 
@@ -88,6 +96,10 @@ def main(flags: list[str]) -> None:
     before(distcv.checkpoint, "save", "saving")
     if "ids" in faults:
         Path(faults["ids"]).mkdir(parents=True, exist_ok=True)
+    if "saves" in faults:
+        phase("saving")
+        saves(Path(faults["saves"]))
+        sys.exit(0)
     sys.argv = ["distcv.train", *flags]
     run_command(distcv.train.main)
 
@@ -104,6 +116,23 @@ def be_host(name: str, clock: float, beat: float) -> None:
     socket.gethostname = lambda: name
     fcntl.flock = lambda descriptor, operation: None
     distcv.lease.BEAT_SECONDS = beat
+
+
+def saves(run: Path) -> None:
+    """Save step 30 twice, with other weights; tell after each."""
+    import torch
+
+    from distcv import checkpoint
+    from distcv.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    for number in (1, 2):
+        folder.add_row({"step": 30})
+        folder.sync_rows()
+        held = checkpoint.Checkpoint({"model": {"w": torch.full((5000,), number)}}, {})
+        checkpoint.save(folder.checkpoints, 30, held)
+        print("saved", flush=True)
+        checkpoint.prune(folder.checkpoints, keep=set())
 
 
 class Noted:
