@@ -257,18 +257,19 @@ def power_loss(place: Place, nurse: Nursery) -> Outcome:
         assert child.code == code, f"exit {child.code}: {child.said()}"
         calls += read_calls(Path(f"{trace}.{child.pid}"))
     disk, saves, committed = Disk(runs), iter((1, 2, 3, 4, 4)), 0
-    states, failures = set[tuple[int, int]](), list[str]()
+    states, failures = set[tuple[int, int, bool]](), list[str]()
     for number, call in enumerate(calls, 1):
         disk.make(call)
         data = written(call)
         if data and data[0] == mark and data[1] == b"saved\n":
             committed = next(saves)
         for tree in disk.after_power_loss(all_orders=place.whole):
-            key = hash(frozenset(tree.items())), committed
+            at_end = number == len(calls)
+            key = hash(frozenset(tree.items())), committed, at_end
             if key in states:
                 continue
             states.add(key)
-            problem = _check_power(tree, place.folder / "after", committed)
+            problem = _check_power(tree, place.folder / "after", committed, at_end)
             if problem:
                 failures.append(f"after call {number}, {call.name}: {problem}")
     assert committed == 4, "no save was seen"
@@ -279,7 +280,7 @@ def power_loss(place: Place, nurse: Nursery) -> Outcome:
     )  # fmt: skip
 
 
-def _check_power(tree: Tree, folder: Path, committed: int) -> str | None:
+def _check_power(tree: Tree, folder: Path, committed: int, at_end: bool) -> str | None:
     """What is wrong with what a power loss has left."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -290,6 +291,8 @@ def _check_power(tree: Tree, folder: Path, committed: int) -> str | None:
             load_recipe(run / "config.yaml")
         for file in set(run.glob("*.json")) - {run / "lease.json"}:
             json.loads(file.read_bytes())
+        if at_end and not (run / "result.json").exists():
+            return "the result is lost"
         found = checkpoint.newest(run / "checkpoints", reported.append)
         if reported:
             return reported[0]

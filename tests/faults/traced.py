@@ -1,7 +1,6 @@
 """Children of a nursery under strace, which records, fails or kills at their system calls."""
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -23,11 +22,20 @@ def missing() -> list[str]:
     return [] if shutil.which("strace") else [MISSING]
 
 
+def wait_still(child: Child) -> None:
+    """Wait until a child has stopped itself."""
+
+    def stopped() -> bool:
+        assert child.code is None, child.said()
+        return Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+    wait_until(stopped, 120, "still child")
+
+
 @contextlib.contextmanager
 def traced(child: Child, *options: str) -> Iterator[None]:
     """Attach strace to a child that is ``still``, let it go on, and wait for its end."""
-    stat = Path(f"/proc/{child.pid}/stat")
-    wait_until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", 120, "still child")
+    wait_still(child)
     tracer = subprocess.Popen(
         ["strace", "-f", "-p", str(child.pid), *options], stderr=subprocess.PIPE, text=True
     )
@@ -35,7 +43,7 @@ def traced(child: Child, *options: str) -> Iterator[None]:
         assert tracer.stderr is not None
         said = tracer.stderr.readline()
         assert "attached" in said, said
-        os.kill(child.pid, signal.SIGCONT)
+        child.kill(signal.SIGCONT)
         yield
         child.wait(300)
     finally:
