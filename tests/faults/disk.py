@@ -36,10 +36,21 @@ Change = contextlib.AbstractContextManager[object]
 
 
 def run(place: Place) -> list[Outcome]:
-    with nursery(place.folder / "nursery") as nurse:
+    return [*before_step_1(place), *in_mid_run(place)]
+
+
+def before_step_1(place: Place) -> list[Outcome]:
+    """Refused."""
+    with nursery(place.folder / "nursery-1") as nurse:
         disk = Disk(place, nurse)
-        outcomes = [refused(disk), refused(disk, processes=2), real_disks(disk)]
-        return [*outcomes, failing_calls(disk, 1), failing_calls(disk, 2)]
+        return [refused(disk, 1), refused(disk, 2)]
+
+
+def in_mid_run(place: Place) -> list[Outcome]:
+    """Gone on with, or stopped."""
+    with nursery(place.folder / "nursery-2") as nurse:
+        disk = Disk(place, nurse)
+        return [real_disks(disk), failing_calls(disk, 1), failing_calls(disk, 2)]
 
 
 class Disk:
@@ -162,7 +173,7 @@ REFUSED = (
 )  # fmt: skip
 
 
-def refused(disk: Disk, processes: int = 1) -> Outcome:
+def refused(disk: Disk, processes: int) -> Outcome:
     """Before step 1: one line and exit code 2, on all processes."""
     draw, kinds, failures, tried = random.Random(3), Counter[str](), list[str](), 0
     chosen = [one for one in REFUSED if disk.can_mount or not one.mounts]
