@@ -81,9 +81,9 @@ def ends_as_if_left_alone(site: Site, name: str, whole: Runs) -> None:
 def test_two_nodes_learn_the_curve_of_one(site: Site) -> None:
     """Both from templates as they are, with resources from the command line."""
     two = site.submit("--nodes=2", "slurm/resnet18.sh", *SMOOTH)
-    site.finish(two)
     one = site.submit("slurm/mnist.sh", *SMOOTH)
-    site.finish(one)
+    for job in (two, one):
+        site.finish(job)
     assert "2 processes on 2 nodes" in site.log(two) and "1 process on 1 node" in site.log(one)
     curves = [
         [row["loss"] for row in site.runs.rows(name) if row["event"] == "train"]
@@ -104,13 +104,12 @@ def test_a_job_at_its_time_limit_goes_on_by_itself(site: Site) -> None:
         site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
         assert re.search(rf"job {job}: stopped after step \d+, requeued", site.log(job))
     assert "DUE TO TIME LIMIT" in site.log(untold) and "TIME LIMIT" not in site.log(told)
-    alone = site.submit("slurm/mnist.sh", *flags)
-    site.finish(alone)
+    site.runs.run("alone", *flags)
     for job in (told, untold):
         site.finish(job, restarts=1)
         assert "resuming after step" in site.log(job)
-        assert site.runs.learned(f"mnist-{job}") == site.runs.learned(f"mnist-{alone}")
-        assert site.runs.untimed_rows(f"mnist-{job}") == site.runs.untimed_rows(f"mnist-{alone}")
+        assert site.runs.learned(f"mnist-{job}") == site.runs.learned("alone")
+        assert site.runs.untimed_rows(f"mnist-{job}") == site.runs.untimed_rows("alone")
 
 
 def test_a_preempted_job_comes_back(site: Site, whole: Runs) -> None:
