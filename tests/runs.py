@@ -1,19 +1,25 @@
-"""Starting trainings as a user does: as processes of their own, with run folders to look at."""
+"""Starting trainings as processes of their own, with run folders to look at."""
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+from forked import ONE_THREAD, Forked
+
 from distcv import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [sys.executable, "-m", "distcv.train"]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+Process = subprocess.Popen[str] | Forked
 
 # What Accelerate tells the processes of launch/*.yaml (tests/test_launch_files.py); but parts of
 # 1,000 parameters, so that these small networks are cut at all.
@@ -42,26 +48,58 @@ def launched(processes: int, *options: str, file: str = "cpu") -> list[str]:
     return [*launcher, *config, str(processes), *options]
 
 
+def ranks(processes: int) -> list[dict[str, str]]:
+    """What a launcher adds to the environment of each of several processes on this machine.
+
+    Tests that are not about launchers do without one, whose start costs as much again.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        world | head | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
+    ]
+
+
+def end(process: Process) -> None:
+    """SIGKILL a process and all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        for each in [*root.children(recursive=True), root]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.communicate()
+
+
 class Runs:
     """Starts trainings whose run folders lie in one temporary folder."""
 
     def __init__(self, folder: Path, data_dir: Path) -> None:
         self.folder = folder
         self.flags = ["--runs-dir", str(folder), "--data-dir", str(data_dir)]
+        self.said = folder.with_name(f"{folder.name}-said")
+        self.started: list[Process] = []
 
     def start(
-        self, name: str, *flags: str, command: list[str] = TRAIN, **env: str
-    ) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*command, "--name", name, *self.flags, *flags],
-            env=os.environ | ONE_THREAD | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self, name: str, *flags: str, command: list[str] | None = None, **env: str
+    ) -> Process:
+        """Start ``distcv.train``: as a fork, or by a ``command`` as a user does, like ``TRAIN``."""
+        flags, env = ("--name", name, *self.flags, *flags), os.environ | ONE_THREAD | env
+        process: Process
+        if command is None:
+            process = Forked("distcv.train", flags, env, self.said / str(len(self.started)))
+        else:
+            process = subprocess.Popen(
+                [*command, *flags], env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def run(
-        self, name: str, *flags: str, command: list[str] = TRAIN, expect: int = 0, **env: str
+        self, name: str, *flags: str, command: list[str] | None = None, expect: int = 0, **env: str
     ) -> str:
         """Run to the end; what it printed."""
         process = self.start(name, *flags, command=command, **env)
@@ -69,14 +107,27 @@ class Runs:
         assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
         return out + err
 
-    def launch(self, name: str, processes: int, *flags: str) -> str:
-        return self.run(name, *flags, command=[*launched(processes), "-m", "distcv.train"])
+    def group(self, name: str, processes: int, *flags: str, **env: str) -> list[Process]:
+        """Start several processes that train together on the CPU, without a launcher."""
+        on_cpu = {"ACCELERATE_USE_CPU": "true"}  # as launch/cpu.yaml says
+        return [self.start(name, *flags, **on_cpu, **env, **own) for own in ranks(processes)]
 
-    def wait_for_step(
-        self, name: str, step: int, process: subprocess.Popen[str] | None = None
-    ) -> None:
+    def together(self, name: str, processes: int, *flags: str, **env: str) -> str:
+        """Run such a group to the end; what all printed."""
+        group = self.group(name, processes, *flags, **env)
+        said = "\n".join(each for one in group for each in one.communicate(timeout=540))
+        assert [process.returncode for process in group] == [0] * processes, said
+        return said
+
+    def end(self) -> None:
+        """End what a failed test has left at work."""
+        for process in self.started:
+            if process.poll() is None:
+                end(process)
+
+    def wait_for_step(self, name: str, step: int, process: Process | None = None) -> None:
         """Wait until a run has logged this step, or a later one, while the process lives."""
-        deadline, metrics = time.monotonic() + 120, self.folder / name / "metrics.jsonl"
+        deadline, metrics = time.monotonic() + 300, self.folder / name / "metrics.jsonl"
         while time.monotonic() < deadline:
             steps = re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")
             if any(int(found) >= step for found in steps):

@@ -3,9 +3,8 @@
 import signal
 import time
 
-import psutil
 import pytest
-from runs import Runs, launched
+from runs import Runs
 from wandb_runs import run_of
 from wandb_server import WandbServer
 
@@ -29,23 +28,16 @@ def test_a_loss_that_is_no_number_is_told_and_the_run_has_failed(
 def test_a_process_that_hangs_is_told_before_the_others_give_up(
     runs: Runs, server: WandbServer
 ) -> None:
-    command = [*launched(2), "-m", "distcv.train"]
     flags = [*FLAGS, "--hang-timeout", "10", "--max-steps", "3000"]
-    launcher = runs.start("r", *flags, command=command)
-    runs.wait_for_step("r", 10, launcher)
-    ranks = {
-        int(process.environ()["RANK"]): process
-        for process in psutil.Process(launcher.pid).children(recursive=True)
-        if "RANK" in process.environ() and "distcv.train" in process.cmdline()
-    }
-    ranks[1].send_signal(signal.SIGSTOP)
+    peer, victim = runs.group("r", 2, *flags)
+    runs.wait_for_step("r", 10, peer)
+    victim.send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + 60
     while not run_of(runs, "r", server).alerts and time.monotonic() < deadline:
         time.sleep(0.1)
     [(title, text, level)] = run_of(runs, "r", server).alerts
     assert (title, level) == ("stalled", "WARN") and "no step for 5 s" in text
-    assert launcher.poll() is None, "told too late"
-    ranks[0].wait(timeout=60)
-    ranks[1].kill()  # else the launcher waits for it for half a minute
-    out, err = launcher.communicate(timeout=60)
-    assert launcher.returncode != 0 and "no sign of life" in out + err
+    assert peer.poll() is None, "told too late"
+    out, err = peer.communicate(timeout=60)
+    victim.kill()
+    assert peer.returncode != 0 and "no sign of life" in out + err

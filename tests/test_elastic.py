@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT, Runs, launched
+from runs import ROOT, Process, Runs, launched
 
 FLAGS = [
     "--model", "gap", "--max-steps", "90", "--log-every", "5", "--checkpoint-every", "20",
@@ -25,11 +26,13 @@ def launch(file: str, *options: str, processes: int = 2) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), data_dir)
+def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object) -> Iterator[Runs]:
+    runs = Runs(tmp_path_factory.mktemp("runs"), data_dir)
+    yield runs
+    runs.end()
 
 
-def worker(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+def worker(launcher: Process, rank: int) -> psutil.Process:
     for child in psutil.Process(launcher.pid).children(recursive=True):
         if child.environ().get("RANK") == str(rank):
             return child
@@ -58,19 +61,16 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(file: str, runs: Runs)
 
 @pytest.mark.slow
 def test_a_hanging_process_is_noticed_and_named(runs: Runs) -> None:
-    process = runs.start("hang", *FLAGS, "--hang-timeout", "4", command=launch("cpu"))
-    runs.wait_for_step("hang", 10, process)
-    victim = worker(process, 1)
+    peer, victim = runs.group("hang", 2, *FLAGS, "--hang-timeout", "4")
+    runs.wait_for_step("hang", 10, peer)
     victim.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     try:
-        peer = worker(process, 0)
-        peer.wait(timeout=30)
+        _, err = peer.communicate(timeout=30)
         assert 3 < time.monotonic() - stopped < 15
     finally:
-        victim.kill()  # the launcher would wait for half a minute
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+        victim.kill()
+    assert peer.returncode != 0
     assert re.search(rf"error: rank 1 \(host .*, process {victim.pid}\) .* no sign of life", err)
 
 
@@ -106,13 +106,15 @@ def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_sha
 def test_a_stop_is_seen_between_two_rows(runs: Runs) -> None:
     """Processes agree on it every two seconds, however many steps there are from row to row."""
     flags = ["--model", "gap", "--max-steps", "4000", "--log-every", "4000"]
-    process = runs.start("between", *flags, command=launch("cpu"))
+    process, peer = runs.group("between", 2, *flags)
     while not (runs.folder / "between/checkpoints").exists():
         assert process.poll() is None
         if (runs.folder / "between/environment.json").exists():
             (runs.folder / "between/STOP").touch()  # again, until the training has begun
-        time.sleep(0.5)
+        time.sleep(0.1)
     out, err = process.communicate(timeout=60)
+    peer.wait(timeout=60)
+    assert process.returncode == peer.returncode == 75
     (step,) = re.findall(r"stopped after step (\d+)", out)
     assert int(step) % 468, f"{out}{err}: only at an epoch's end"
 
@@ -158,8 +160,7 @@ def test_what_can_t_work_is_refused_before_the_first_step(
 
 @pytest.mark.slow
 def test_the_start_says_what_runs_where(runs: Runs) -> None:
-    said = runs.run("where", *FLAGS[:2], "--max-steps", "2", "--batch-size", "65",
-                    command=launch("cpu"))  # fmt: skip
+    said = runs.together("where", 2, *FLAGS[:2], "--max-steps", "2", "--batch-size", "65")
     assert "fp32, batch 65 (32 or 33 a process), 923 steps an epoch" in said
     assert "2 processes on 1 node, cpu, ddp, 1 thread each" in said
     assert "--sync-bn" in said

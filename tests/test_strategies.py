@@ -7,10 +7,6 @@ Rounding differs between strategies, and a young network at a high rate amplifie
 import ast
 import json
 import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ONE_THREAD, ROOT, STRATEGY
+from forked import ONE_THREAD, Forked
+from runs import ROOT, STRATEGY, ranks
 
 PACKAGE = ROOT / "src/distcv"
 
@@ -41,19 +38,6 @@ READERS = [
 ]
 
 
-def ranks(processes: int) -> list[dict[str, str]]:
-    """The environment of each process, without a launcher, whose start costs as much again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        os.environ | ONE_THREAD | world | head | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for rank in range(processes)
-    ]
-
-
 class Trajectories:
     """Runs `trajectory.py` and keeps what it found."""
 
@@ -66,38 +50,35 @@ class Trajectories:
         out = self.folder / f"{len(list(self.folder.iterdir()))}.json"
         order |= {"out": str(out), "data": str(self.data_dir)}
         name, processes = (where + " x1").split(" x")[:2]
-        script = str(ROOT / "tests/trajectory.py")
-        command = [sys.executable, script, json.dumps(order), "--schedule", "constant", *flags]
-        environments = [os.environ | ONE_THREAD]
+        arguments = [json.dumps(order), "--schedule", "constant", *flags]
+        environments: list[dict[str, str]] = [{}]
         if where != "single":
             environments = [each | STRATEGY[name] for each in ranks(int(processes))]
-        self.run_together(command, environments)
+        self.run_together(arguments, environments)
         said: dict[str, Any] = json.loads(out.read_text())
         expected = ("single", "1") if where == "single" else tuple(where.split(" x"))
         joined = ("single" if where == "ddp x1" else said["strategy"], str(said["processes"]))
         assert joined == expected
         return said
 
-    def run_together(self, command: list[str], environments: list[dict[str, str]]) -> None:
+    def run_together(self, arguments: list[str], environments: list[dict[str, str]]) -> None:
         """Processes that all must do well; the first one that doesn't ends the others."""
-        with tempfile.TemporaryFile("w+") as said:
-            started = [
-                subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
-                for env in environments
-            ]
-            try:
-                deadline = time.monotonic() + 300
-                while any(process.poll() is None for process in started):
-                    if any(process.poll() for process in started) or time.monotonic() > deadline:
-                        break
-                    time.sleep(0.05)
-            finally:
-                for process in started:
-                    if process.poll() is None:
-                        process.kill()
-                    process.wait()
-            said.seek(0)
-            assert not any(process.returncode for process in started), said.read()
+        said = self.folder / "said"
+        started = [
+            Forked("trajectory", arguments, os.environ | ONE_THREAD | env, said / str(rank))
+            for rank, env in enumerate(environments)
+        ]
+        try:
+            deadline = time.monotonic() + 300
+            while any(process.poll() is None for process in started):
+                if any(process.poll() for process in started) or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in started:
+                process.kill()
+        printed = ["".join(process.communicate()) for process in started]
+        assert not any(process.returncode for process in started), "\n".join(printed)
 
     def young(self, kind: str) -> Path:
         """The checkpoint from which all trajectories of a kind start."""

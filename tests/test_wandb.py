@@ -110,7 +110,7 @@ def test_a_run_that_began_offline_is_whole_once_it_is_online(
 
 @pytest.mark.slow
 def test_of_several_processes_one_has_the_trackers(runs: Runs, server: WandbServer) -> None:
-    runs.launch("r", 2, *SHORT, "--track", "wandb", "tensorboard")
+    runs.together("r", 2, *SHORT, "--track", "wandb", "tensorboard")
     check_whole(runs, "r", server, starts=1)
     assert len(list(runs.folder.glob("r/tensorboard/**/events.out.tfevents.*"))) == 1
 

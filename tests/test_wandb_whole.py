@@ -2,7 +2,7 @@
 
 import pytest
 import wandb
-from runs import Runs, launched
+from runs import Runs, end
 from wandb_runs import check_findings, check_whole, kill, sync
 from wandb_server import WandbServer
 
@@ -21,11 +21,11 @@ FLAGS = [
 def test_all_of_a_run_on_two_processes_that_was_killed_is_in_wandb_once(
     mode: str, runs: Runs, server: WandbServer, mnist: Arrays
 ) -> None:
-    command = [*launched(2), "-m", "distcv.train"]
-    process = runs.start("r", *FLAGS, command=command, WANDB_MODE=mode)
-    runs.wait_for_step("r", 50, process)
-    kill(process)
-    said = runs.run("r", *FLAGS, command=command, WANDB_MODE=mode)
+    first, second = runs.group("r", 2, *FLAGS, WANDB_MODE=mode)
+    runs.wait_for_step("r", 50, first)
+    kill(first)
+    end(second)
+    said = runs.together("r", 2, *FLAGS, WANDB_MODE=mode)
     assert "resuming after step 40" in said
     if mode == "offline":
         assert server.requests == []

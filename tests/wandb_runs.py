@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
-from runs import ONE_THREAD, Runs
+from runs import ONE_THREAD, Process, Runs, end
 from wandb_server import WandbServer
 from wandb_store import Run, config_in
 
@@ -51,23 +50,14 @@ def wandb_runs(
     """Starts trainings which have that server's key; what they log, they send within a second."""
     own = {"HOME": str(folder / "home"), "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
     be_client(server, monkeypatch, **own, **ONE_THREAD)
-    yield Runs(folder / "runs", data_dir.resolve())
-    for left in psutil.Process().children():  # by a test that failed
-        if str(folder / "runs") in left.cmdline():
-            kill_tree(left)
+    runs = Runs(folder / "runs", data_dir.resolve())
+    yield runs
+    runs.end()
 
 
-def kill_tree(process: psutil.Process) -> None:
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    process.kill()
-
-
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Process) -> None:
     """SIGKILL a training and W&B's processes, as Slurm does."""
-    kill_tree(psutil.Process(process.pid))
-    process.communicate()
+    end(process)
     assert process.returncode == -signal.SIGKILL, "it should have been at work still"
 
 

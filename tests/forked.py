@@ -1,0 +1,93 @@
+"""Starting Python modules in a fraction of a second: as forks of a process that has torch loaded.
+
+A start anew takes 5 s of processor time for the imports alone. Tests of what happens before and
+while torch is loaded (the command line, the choice of threads, launchers) need such a start.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # is read when torch is loaded, so it is the same for all
+
+FORKS = multiprocessing.get_context("forkserver")
+# What a training loads, but for distcv.train itself; nothing of it starts a thread.
+FORKS.set_forkserver_preload(
+    ["distcv.loop", "distcv.run_folder", "distcv.samples", "distcv.tracking", "distcv.training",
+     "distcv.runtime.fsdp", "torch._dynamo", "torch.utils.tensorboard"]
+)  # fmt: skip
+
+
+def _main(module: str, flags: list[str], env: dict[str, str], cwd: Path, said: list[Path]) -> None:
+    """In the fork: ``python -m module``, with its output in two files."""
+    for number, path in enumerate(said, start=1):
+        with path.open("a") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [module, *flags]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+class Forked:
+    """A process that runs a module; what it has in common with ``subprocess.Popen`` is named so.
+
+    What it prints goes to the files ``said`` with the endings .out and .err.
+    """
+
+    def __init__(
+        self, module: str, flags: Sequence[str], env: Mapping[str, str], said: Path
+    ) -> None:
+        self.module = module
+        self.said = [said.with_suffix(f".{name}") for name in ("out", "err")]
+        for path in self.said:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        told = (module, list(flags), dict(env), Path.cwd(), self.said)
+        self.process = FORKS.Process(target=_main, args=told, daemon=True)
+        with mock.patch.dict(os.environ, ONE_THREAD):  # of the server, which the first one starts
+            self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.module, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """Wait for its end; what it printed to stdout and to stderr."""
+        self.wait(timeout)
+        out, err = (path.read_text() for path in self.said)
+        return out, err
