@@ -218,10 +218,9 @@ def _saves(nurse: Nursery, template: Path, run: Path, *strace: str, expect: int 
 
 def _check_saves(folder: Path, saved: int) -> None:
     """The checkpoint is the one of before or the new one; and the next save leaves order."""
-    reported = list[str]()
-    found = checkpoint.newest(folder, reported.append)
-    assert found and not reported, f"{found}, {reported}"
-    assert checkpoint.damage(found) is None
+    assert not (half := _half(folder)), half
+    found = checkpoint.newest(folder, print)
+    assert found, "nothing is left"
     value = float(checkpoint.load(found).tensors["model"]["w"][0])
     assert value in (saved, saved + 1), f"that of save {value:g}, when {saved} were committed"
     assert (value == 0) == (found.name == "step-00000020"), f"{value} in {found.name}"
@@ -285,7 +284,7 @@ def _check_power(tree: Tree, folder: Path, committed: int, at_end: bool) -> str 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     build(tree, folder)
-    run, reported = folder / "r", list[str]()
+    run = folder / "r"
     try:
         if (run / "config.yaml").exists():
             load_recipe(run / "config.yaml")
@@ -293,9 +292,9 @@ def _check_power(tree: Tree, folder: Path, committed: int, at_end: bool) -> str 
             json.loads(file.read_bytes())
         if at_end and not (run / "result.json").exists():
             return "the result is lost"
-        found = checkpoint.newest(run / "checkpoints", reported.append)
-        if reported:
-            return reported[0]
+        if half := _half(run / "checkpoints"):
+            return half
+        found = checkpoint.newest(run / "checkpoints", print)
         step = int(checkpoint.load_state(found)["step"]) if found else 0
         rows = RunFolder(run)
         if step:
@@ -306,6 +305,12 @@ def _check_power(tree: Tree, folder: Path, committed: int, at_end: bool) -> str 
     if step < committed:
         return f"step {step} is left of {committed}"
     return None if trained == list(range(1, step + 1)) else f"rows of steps {trained} of {step}"
+
+
+def _half(folder: Path) -> str:
+    """Checkpoints that are there, but not whole."""
+    found = {one.name: checkpoint.damage(one) for one in checkpoint.candidates(folder)}
+    return ", ".join(f"{name}: {problem}" for name, problem in found.items() if problem)
 
 
 def _hidden(folder: Path) -> str:
