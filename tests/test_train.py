@@ -143,25 +143,24 @@ def test_a_loss_that_is_not_a_number_ends_the_run(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["at its last step", "in its evaluation"])
+@pytest.mark.parametrize(
+    ("moment", "then"),
+    [("at its last step", "train_epoch"), ("in its evaluation", "shared_statistics")],
+)
 def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_for_later(
-    moment: str, runs: Runs, tmp_path: Path
+    moment: str, then: str, runs: Runs, tmp_path: Path
 ) -> None:
     asked = tmp_path / "asked"
-    if moment == "at its last step":
-        asked.touch()
-        command = None
-    else:  # the file comes when the evaluation begins
-        code = (
-            "import pathlib, distcv.loop as loop, distcv.train as train\n"
-            "shared_statistics = loop.shared_statistics\n"
-            "def shared(training):\n"
-            f"    pathlib.Path({str(asked)!r}).touch()\n"
-            "    return shared_statistics(training)\n"
-            "loop.shared_statistics = shared\n"
-            "train.command()"
-        )
-        command = [sys.executable, "-c", code]
+    code = (  # the file comes when the epoch, of one step, or its evaluation begins
+        "import pathlib, distcv.loop as loop, distcv.train as train\n"
+        f"{then} = loop.{then}\n"
+        "def hooked(*args, **kwargs):\n"
+        f"    pathlib.Path({str(asked)!r}).touch()\n"
+        f"    return {then}(*args, **kwargs)\n"
+        f"loop.{then} = hooked\n"
+        "train.command()"
+    )
+    command = [sys.executable, "-c", code]
     flags = ["--model", "gap", "--max-steps", "1"]
     said = runs.run(moment, *flags, command=command, expect=75, DISTCV_STOP_FILE=str(asked))
     assert asked.read_text() == "stopped after step 1\n" and "epoch" not in said.split("folder")[1]

@@ -57,13 +57,14 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     from distcv.runtime import Runtime
     from distcv.saving import NotSaved
 
-    runtime = Runtime(
-        recipe,
-        compile=options.compile,
-        sync_bn=options.sync_bn,
-        hang_timeout=options.hang_timeout,
-        node_metrics=options.node_metrics,
-    )
+    with stop.joining():
+        runtime = Runtime(
+            recipe,
+            compile=options.compile,
+            sync_bn=options.sync_bn,
+            hang_timeout=options.hang_timeout,
+            node_metrics=options.node_metrics,
+        )
     with runtime.peers_named():
         with contextlib.closing(choose_folder(recipe, options, runtime)) as folder:
             try:
