@@ -20,8 +20,8 @@ THREE = [5, 6, 7]
 TIMED = {"seconds", "images_per_second", "mfu", "memory_mib"}
 OPTIMIZERS = {"sgd": "0.02", "adamw": "0.001", "muon": "0.001"}  # with a learning rate
 SMALL = [
-    ("single", "sgd", 2, "loss"), ("single", "adamw", 1, "gradient"), ("single", "muon", 1, "loss"),
-    ("ddp", "sgd", 1, "gradient"), ("ddp", "adamw", 2, "loss"),
+    ("single", "sgd", 2, "loss"), ("single", "muon", 1, "gradient"),
+    ("ddp", "adamw", 1, "gradient"), ("ddp", "sgd", 2, "loss"),
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class Suite:
     """Starts runs, and keeps those that others are compared with."""
 
     def __init__(self, place: Place, nurse: Nursery) -> None:
-        self.folder, self.data_dir, self.nurse = place.folder, place.data_dir, nurse
+        self.folder, self.data_dir, self.nurse = nurse.folder / "runs", place.data_dir, nurse
         self.draw = random.Random(7)
         self.expected: dict[Any, Path] = {}
         self.numbers = itertools.count()
@@ -120,8 +120,13 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
-def skips(suite: Suite, place: Place) -> Outcome:
+def skips(place: Place) -> list[Outcome]:
     """Runs in which some steps are spoilt end as runs without these steps."""
+    with nursery(place.folder / "skips") as nurse:
+        return [_skips(Suite(place, nurse), place)]
+
+
+def _skips(suite: Suite, place: Place) -> Outcome:
     cases = SMALL
     if place.whole:
         strategies = ["single", "ddp", "fsdp2", "zero2", "zero3"]
@@ -154,8 +159,13 @@ def skips(suite: Suite, place: Place) -> Outcome:
     )
 
 
-def three(suite: Suite, place: Place) -> Outcome:
+def three(place: Place) -> list[Outcome]:
     """The third in a row stops a run, or rolls it back to a lower learning rate."""
+    with nursery(place.folder / "three") as nurse:
+        return [_three(Suite(place, nurse), place)]
+
+
+def _three(suite: Suite, place: Place) -> Outcome:
     shapes = [Shape("single", "sgd", 1), Shape("ddp", "sgd", 1)]
     if place.whole:
         shapes += [Shape(name, "adamw", 1) for name in ("single", "ddp", "fsdp2", "zero2", "zero3")]
@@ -229,11 +239,16 @@ def gives_up(suite: Suite, name: str, shape: Shape) -> int:
     return suite.changes(name, shape, THREE)
 
 
-def kills(suite: Suite, place: Place) -> Outcome:
+def kills(place: Place) -> list[Outcome]:
     """Killed at a random instant after a rollback, and started again: it ends the same."""
-    shapes = [Shape("ddp", "sgd", 1)] if not place.whole else [
-        Shape(name, "adamw", 1) for name in ("single", "ddp", "fsdp2", "zero2")
-    ]  # fmt: skip
+    with nursery(place.folder / "kills") as nurse:
+        return [_kills(Suite(place, nurse), place)]
+
+
+def _kills(suite: Suite, place: Place) -> Outcome:
+    shapes = [Shape("single", "sgd", 1)]
+    if place.whole:
+        shapes += [Shape(name, "adamw", 1) for name in ("ddp", "fsdp2", "zero2")]
     flags = ("--max-steps", "40", "--checkpoint-every", "4", "--nonfinite", "rollback")
     failures, survived, tried, in_time = [], 0, 0, 0
     for shape in shapes:
@@ -268,6 +283,4 @@ def kills(suite: Suite, place: Place) -> Outcome:
 
 
 def run(place: Place) -> list[Outcome]:
-    with nursery(place.folder / "logs") as nurse:
-        suite = Suite(place, nurse)
-        return [skips(suite, place), three(suite, place), kills(suite, place)]
+    return [*skips(place), *three(place), *kills(place)]

@@ -66,7 +66,7 @@ def spoil(
         loss = cross_entropy(*args, **kwargs)
         if kwargs["reduction"] == "sum":  # not in an evaluation
             if due("loss") and now.part == part:
-                loss = loss * float(value)
+                loss = loss + float(value)  # whose gradient is finite
             now.part = (now.part + 1) % now.parts
         return loss
 
