@@ -85,7 +85,7 @@ def test_an_answer_is_removed_and_a_request_is_kept(handlers: None, tmp_path: Pa
 
 
 def orphan(folder: Path, code: str) -> int:
-    """The number of a process that runs this code, whose launcher ends once it makes a file `here`."""
+    """The number of a process with this code, whose launcher ends once it has made `here`."""
     child = (
         "import os, pathlib, time; from distcv import preempt; stop = preempt.StopRequest()\n"
         f"folder = pathlib.Path({str(folder)!r}); (folder / 'pid').write_text(str(os.getpid()))\n"
