@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faults.core import wait_until
-from runs import TRAIN, Runs
+from runs import Runs
 
 from distcv import checkpoint
 from distcv.preempt import JOB_STOP_FILE, SIGNALS, STOPPED, StopRequest
@@ -85,7 +85,7 @@ def test_an_answer_is_removed_and_a_request_is_kept(handlers: None, tmp_path: Pa
 
 
 def orphan(folder: Path, code: str) -> int:
-    """The number of a process with this code, whose launcher ends once it has made `here`."""
+    """The number of a process that runs this; its launcher ends once it makes a file `here`."""
     child = (
         "import os, pathlib, time; from distcv import preempt; stop = preempt.StopRequest()\n"
         f"folder = pathlib.Path({str(folder)!r}); (folder / 'pid').write_text(str(os.getpid()))\n"
@@ -124,7 +124,7 @@ def test_a_process_doesn_t_wait_for_others_where_its_launcher_is_gone(tmp_path: 
 
 
 def test_a_signal_while_torch_is_loaded_is_answered_before_step_1(runs: Runs) -> None:
-    process = runs.start("early", *SHORT, command=TRAIN)
+    process = runs.start("early", *SHORT)
     proc = Path(f"/proc/{process.pid}")
     wait_until(lambda: caught(proc / "status") & 1 << signal.SIGTERM - 1, 60, "handler")
     assert "torch" not in (proc / "maps").read_text(), "it is loaded already"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -167,6 +168,12 @@ def group_env(processes: int, port: int) -> list[dict[str, str]]:
         }
         for rank in range(processes)
     ]  # fmt: skip
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def last_checkpoint(run: Path) -> Path:

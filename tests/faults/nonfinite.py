@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import socket
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,17 @@ from typing import Any, NamedTuple
 from runs import STRATEGY
 
 from distcv import checkpoint
-from faults.core import Child, Nursery, Outcome, Place, group_env, learned, nursery, wait_until
+from faults.core import (
+    Child,
+    Nursery,
+    Outcome,
+    Place,
+    free_port,
+    group_env,
+    learned,
+    nursery,
+    wait_until,
+)
 
 TITLE = "A loss or gradient that is not finite"
 STEPS = 12
@@ -47,9 +56,7 @@ class Shape(NamedTuple):
     def env(self) -> list[dict[str, str]]:
         if self.ranks == 1:
             return [{}]
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        group = [one | STRATEGY[self.strategy] for one in group_env(self.ranks, port)]
+        group = [one | STRATEGY[self.strategy] for one in group_env(self.ranks, free_port())]
         if self.strategy.startswith("zero"):  # which Accelerate starts only if this is not said
             for one in group:
                 del one["ACCELERATE_USE_CPU"]

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from faults.core import Child, Nursery, Outcome, Place, exact, group_env, nursery
+from faults.core import Child, Nursery, Outcome, Place, exact, free_port, group_env, nursery
 
 TITLE = "A soak: started, stopped, killed and resumed at random"
 SECONDS = 2 * 3600, 40  # of the whole suite, and in CI
@@ -74,9 +73,9 @@ class Soak:
 
     def start(self, name: str, processes: int) -> list[Child]:
         faults = {"ids": str(self.place.folder / "ids" / name)}
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        envs: list[dict[str, str]] = group_env(processes, port) if processes > 1 else [{}]
+        envs: list[dict[str, str]] = [{}]
+        if processes > 1:
+            envs = group_env(processes, free_port())
         return [self.nurse.start(self.flags(name), faults=faults, **env) for env in envs]
 
     def digest(self, name: str) -> str:

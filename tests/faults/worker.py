@@ -4,7 +4,7 @@ The variable FAULTS holds a JSON object; each key is a hook:
 
 - ``ids``: folder; each start leaves ``START-rank-RANK.jsonl`` there, the sample ids of each step.
 - ``mark``: file; gets a line at the start of each phase: init (before the processes are joined),
-  training, evaluation, saving, saved (after it), last (before the last step).
+  training, evaluation, saving, saved (after it), last (at the end of the last step).
 - ``hold``: {phase: seconds}; how long to wait at the first start of that phase.
 - ``spoil``, ``without``: see ``spoil.py``.
 - ``host``: {name, clock, beat}; as on another host of that name, whose clock is off by so many
@@ -75,7 +75,7 @@ def main(flags: list[str]) -> None:
 
         def hooked_advance() -> None:
             advance()
-            if progress.step == training.total_steps - 1:
+            if progress.step == training.total_steps:
                 phase("last")
 
         kwargs["advance"] = hooked_advance
