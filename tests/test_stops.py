@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from faults.core import wait_until
 from runs import Runs
@@ -84,43 +83,20 @@ def test_an_answer_is_removed_and_a_request_is_kept(handlers: None, tmp_path: Pa
     assert third.pending()
 
 
-def orphan(folder: Path, code: str) -> int:
-    """The number of a process that runs this; its launcher ends once it makes a file `here`."""
+def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) -> None:
     child = (
-        "import os, pathlib, time; from distcv import preempt; stop = preempt.StopRequest()\n"
-        f"folder = pathlib.Path({str(folder)!r}); (folder / 'pid').write_text(str(os.getpid()))\n"
-        f"{code}"
+        "import pathlib, time; from distcv.preempt import StopRequest; stop = StopRequest()\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "assert not stop.pending(); (folder / 'started').touch()\n"
+        "while not stop.pending(): time.sleep(0.01)\n"
+        "(folder / 'noticed').touch()"
     )
-    launch = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    env = os.environ | {"LOCAL_RANK": "0"}
-    launcher = subprocess.Popen([sys.executable, "-c", launch], env=env)
-    wait_until((folder / "here").exists, 60, "start")
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": "0"})
+    wait_until((tmp_path / "started").exists, 60, "start")
     launcher.terminate()
     launcher.wait()
-    return int((folder / "pid").read_text())
-
-
-def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) -> None:
-    orphan(
-        tmp_path,
-        "assert not stop.pending(); (folder / 'here').touch()\n"
-        "while not stop.pending(): time.sleep(0.01)\n"
-        "(folder / 'noticed').touch()",
-    )
     wait_until((tmp_path / "noticed").exists, 60, "notice of the end")
-
-
-def test_a_process_doesn_t_wait_for_others_where_its_launcher_is_gone(tmp_path: Path) -> None:
-    pid = orphan(
-        tmp_path,
-        "preempt.JOIN_SECONDS = 0.1\n"
-        "with stop.joining(): (folder / 'here').touch(); time.sleep(600)",
-    )
-
-    def ended() -> bool:
-        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-    wait_until(ended, 60, "end")
 
 
 def test_a_signal_while_torch_is_loaded_is_answered_before_step_1(runs: Runs) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -15,7 +14,6 @@ NOT_SAVED = 74  # exit code of one that stopped since it couldn't be saved: EX_I
 STOP_FILE = "STOP"
 JOB_STOP_FILE = "DISTCV_STOP_FILE"  # variable: a second file, by which a batch script asks
 ANSWER = "stopped after step"
-JOIN_SECONDS = 10.0  # to join the others without a launcher
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name)
@@ -59,31 +57,11 @@ class StopRequest:
         SIGUSR2 ends torchrun, and SIGTERM an `accelerate launch` of one process, which leave their
         processes behind (torch 2.14, accelerate 1.15).
         """
-        return self.signalled or self._orphaned() or any(file.exists() for file in self.files)
+        return self.signalled or self.orphaned() or any(file.exists() for file in self.files)
 
-    def _orphaned(self) -> bool:
+    def orphaned(self) -> bool:
+        """Whether a launcher has started this process, and is gone."""
         return self.launcher not in (None, os.getppid())
-
-    @contextlib.contextmanager
-    def joining(self) -> Iterator[None]:
-        """While the processes are joined. One whose launcher is gone leaves if that takes long.
-
-        With torchrun goes the store by which they find each other; torch would look for it for ten
-        minutes.
-        """
-        joined = threading.Event()
-
-        def watch() -> None:
-            while not joined.wait(1.0):
-                if self._orphaned() and not joined.wait(JOIN_SECONDS):
-                    os._exit(STOPPED)
-
-        if self.launcher is not None:
-            threading.Thread(target=watch, daemon=True).start()
-        try:
-            yield
-        finally:
-            joined.set()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -57,7 +57,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
     from distcv.runtime import Runtime
     from distcv.saving import NotSaved
 
-    with stop.joining():
+    try:
         runtime = Runtime(
             recipe,
             compile=options.compile,
@@ -65,6 +65,10 @@ def train(recipe: Recipe, options: RunOptions) -> int:
             hang_timeout=options.hang_timeout,
             node_metrics=options.node_metrics,
         )
+    except RuntimeError:  # it can't join the others
+        if stop.orphaned():
+            return STOPPED
+        raise
     with runtime.peers_named():
         with contextlib.closing(choose_folder(recipe, options, runtime)) as folder:
             try:

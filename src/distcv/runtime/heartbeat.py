@@ -14,6 +14,14 @@ from datetime import timedelta
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+# To reach a store that is known to be up. While torch tries, no other thread of Python's runs.
+CONNECT_TIMEOUT = timedelta(seconds=30)
+
+
+def agent_store() -> bool:
+    """Whether the launcher's agent serves the rendezvous, and has since before its processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
 
 def attempt() -> str:
     """What tells the keys of this start from those of earlier ones in the same store.
@@ -21,8 +29,7 @@ def attempt() -> str:
     Only an agent's store outlives a start. Where there is none, the count may not be used: the
     agents of several nodes don't agree on it.
     """
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_store() else "0"
 
 
 def own_store() -> Store:
@@ -31,7 +38,7 @@ def own_store() -> Store:
     To be called once the process group is joined: without an agent that serves the rendezvous, it
     is a server of rank 0's process group that answers.
     """
-    store, _, _ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
     return PrefixStore(f"distcv-heartbeat/{attempt()}", store)
 
 

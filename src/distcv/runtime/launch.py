@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from distcv.config import InputError, Recipe
-from distcv.runtime.heartbeat import attempt
+from distcv.runtime.heartbeat import CONNECT_TIMEOUT, agent_store, attempt
 from distcv.runtime.strategies import WholeCopies
 
 PROCESS_TIMEOUT = timedelta(minutes=10)  # of one exchange
@@ -149,7 +149,10 @@ def join(timeout: timedelta) -> None:
         return
     current = torch.accelerator.current_accelerator()
     device = "cpu" if stay_on_cpu() or current is None else current.type
-    store, rank, processes = next(rendezvous("env://", timeout=timeout))
+    # The agent, if it is gone, would be looked for as long as peers that start late are waited for.
+    connect = CONNECT_TIMEOUT if agent_store() else timeout
+    store, rank, processes = next(rendezvous("env://", timeout=connect))
+    store.set_timeout(timeout)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=PrefixStore(f"distcv/{attempt()}", store),
