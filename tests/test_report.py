@@ -24,7 +24,7 @@ from distcv.models import MODELS, build_model
 from distcv.report.charts import Series, accuracy_limits, spans_decades
 from distcv.report.gradcam import grad_cam
 from distcv.report.matrices import confusion_chart
-from distcv.report.records import Group, Record, read_groups
+from distcv.report.records import Group, Record, finite, read_groups
 from distcv.report.tables import facts, hardware_of, summary
 from distcv.results import Run, duration, read_runs
 
@@ -290,3 +290,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(
                          capture_output=True, text=True, timeout=60)  # fmt: skip
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
     assert ran.stderr.startswith("error: no folder")
+
+
+def test_only_what_can_be_drawn_is_drawn() -> None:
+    values = [1, 2.5, float("nan"), float("inf"), 1e308, "3", None, [4]]
+    rows = [{"epoch": epoch, "x": value} for epoch, value in enumerate(values)]
+    assert finite([*rows, {"epoch": 1e308, "x": 1}], "x") == [(0, 1), (1, 2.5)]

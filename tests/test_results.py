@@ -245,3 +245,14 @@ def test_files_of_a_run_that_could_be_waited_for_are_not_read(tmp_path: Path) ->
     lines = [*map(json.dumps, rows), "[" * 100_000]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     assert results.read_rows(run) == rows[1:]
+
+
+@pytest.mark.parametrize(
+    "start", [5, {"versions": []}, {"options": "x"}, {"commit": 5}, {"time": "x"}, {"cores": None}]
+)
+def test_starts_of_another_form_are_left_out(start: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", load_recipe("gap"))
+    (run / "environment.json").write_text(json.dumps({"starts": [{"cores": 2}]}))
+    assert results.read_starts(run) == [{"cores": 2}]
+    (run / "environment.json").write_text(json.dumps({"starts": [{"cores": 2}, start]}))
+    assert results.read_starts(run) == []

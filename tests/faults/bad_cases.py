@@ -1,6 +1,5 @@
 """Generated recipes and command lines in which one thing is wrong: for ``bad_input``."""
 
-import importlib
 import json
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from distcv.command_line import CommandLine, known_flags
 from distcv.config import Recipe
+from faults.commands import command
 
 # The other commands, with the words that they can't do without.
 COMMANDS = {
@@ -39,7 +39,7 @@ def misspelt(words: list[str]) -> st.SearchStrategy[str]:
     """One of these with one character more, less or another."""
 
     def edit(word: str, place: int, kind: str, letter: str) -> str:
-        place = 1 + place % (len(word) - 1)
+        place = min(2, len(word) - 1) + place % max(1, len(word) - 2)  # after the dashes of a flag
         tail = word[place + (kind != "more") :]
         return word[:place] + ("" if kind == "less" else letter) + tail
 
@@ -47,11 +47,6 @@ def misspelt(words: list[str]) -> st.SearchStrategy[str]:
     edited = st.builds(edit, st.sampled_from(words), st.integers(0, 99), kinds, letters)
     right = {word.replace("_", "-") for word in words}
     return edited.filter(lambda word: word.replace("_", "-") not in right)
-
-
-def command(name: str) -> Any:
-    """The module that has a command's ``main``."""
-    return importlib.import_module(f"distcv.{name}" + ".__main__" * (name in ("data", "submit")))
 
 
 # Recipes
@@ -132,22 +127,23 @@ def command_lines(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["flag", "value", "value", "missing", "stray", "boolean", "pair"]))
     flag = draw(st.sampled_from(VALUED))
     field, value = flag[2:].replace("-", "_"), draw(arguments)
+    shown = repr(value)[:50]  # a long one loses its middle
     equals = draw(st.booleans())
     if kind == "flag":
         flag = draw(misspelt(FLAGS) | words.map(lambda word: f"--{word}"))
         given, names = [flag, value], (repr(flag.split("=")[0]), "unrecognized argument")
     elif kind == "value":
         given = [f"{flag}={value}"] if equals else [flag, value]
-        names = (flag, field, repr(value), "had a password")
+        names = (flag, field, shown, "had a password")
     elif kind == "missing":
         flag = draw(st.sampled_from([one for one in VALUED if one not in OPTIONAL]))
         following = draw(st.sampled_from([[], ["--compile"], ["--epochs", "3"]]))
         given, names = [flag, *following], (flag,)
     elif kind == "stray":
-        given, names = [value], (repr(value), "had a password")
+        given, names = [value], (shown, "had a password")
     elif kind == "boolean":
         flag = draw(st.sampled_from(BOOLEANS))
-        given, names = [f"{flag}={value}"], (repr(value), flag, "had a password")
+        given, names = [f"{flag}={value}"], (shown, flag, "had a password")
     else:
         lines, fields = draw(contradictions)
         pairs = [line.split(": ") for line in lines.split("\n")]
@@ -168,4 +164,5 @@ def other_command_lines(draw: st.DrawFn) -> Case:
         flag = draw(misspelt([*flags, *FLAGS]))
         return Case((name, [flag]), (repr(flag.split("=")[0]), "unrecognized argument"))
     flag, value = draw(st.sampled_from(flags)), draw(arguments)
-    return Case((name, [f"{flag}={value}"]), (flag, repr(value), "had a password"), certain=False)
+    names = (flag, repr(value)[:50], "had a password")
+    return Case((name, [f"{flag}={value}"]), names, certain=False)

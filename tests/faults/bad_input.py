@@ -1,53 +1,24 @@
 """Recipes and command lines that are no such thing, by the thousand."""
 
-import contextlib
-import io
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from distcv.command_line import RunOptions, run_command
+from distcv.command_line import RunOptions
 from distcv.config import Recipe, load_recipe
-from faults.bad_cases import COMMANDS, Case, command, command_lines, other_command_lines, recipes
+from faults.bad_cases import COMMANDS, Case, command_lines, other_command_lines, recipes
+from faults.commands import Answer, answer, command
 from faults.core import Outcome, Place
 
 TITLE = "Wrong input"
 SLOW = 20.0  # seconds for one answer, on a machine that is busy with other things
-
-
-class Answer(NamedTuple):
-    """What a command has done."""
-
-    code: int | str
-    out: str
-    err: str
-    seconds: float
-
-
-def answer(main: Callable[[], int | None], *words: str) -> Answer:
-    """What a command does with these words, run in this process as it is by itself."""
-    out, err, began = io.StringIO(), io.StringIO(), time.perf_counter()
-    code: int | str = "no exit code"
-    try:
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            mock.patch.object(sys, "argv", ["distcv", *words]),
-        ):
-            run_command(main)
-    except SystemExit as end:
-        code = 0 if end.code is None else end.code
-    except Exception as error:
-        code = f"{type(error).__name__}: {error}"
-    return Answer(code, out.getvalue(), err.getvalue(), time.perf_counter() - began)
 
 
 def wrong_refusal(got: Answer, names: tuple[str, ...]) -> str | None:
@@ -59,7 +30,7 @@ def wrong_refusal(got: Answer, names: tuple[str, ...]) -> str | None:
     if not all(c.isprintable() for c in got.err[:-1]):
         return f"not printable: {got.err[:200]!r}"
     if not any(name in got.err for name in names):
-        return f"names none of {names}: {got.err[:200]!r}"
+        return f"names none of {names!r:.100}: {got.err[:200]!r}"
     return f"took {got.seconds:.0f} s" if got.seconds > SLOW else None
 
 

@@ -24,6 +24,12 @@ from distcv.config import InputError
 from distcv.data import DatasetInfo
 from distcv.files import parse_json
 
+# What files, archives and their formats raise when they are not as they should be; the tarfile of
+# Python 3.11 answers some headers with one of the general ones. InputError is a ValueError.
+READING_ERRORS = (
+    OSError, EOFError, MemoryError, ValueError, LookupError, ArithmeticError, zlib.error,
+    struct.error, tarfile.TarError,
+)  # fmt: skip
 MAX_MEMBER = 1 << 26  # bytes; the largest member of any archive here has 47 million
 
 
@@ -55,7 +61,7 @@ def naming(file: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, OSError, EOFError, MemoryError, zlib.error, tarfile.TarError) as error:
+    except READING_ERRORS as error:
         raise InputError(f"{file}: {one_line(error)}") from error
 
 

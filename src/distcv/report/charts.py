@@ -7,6 +7,7 @@ page is 328 pixels wide.
 import io
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,8 @@ def make(
 
     wrapped = [textwrap.fill(label, 38) for label in labels]
     lines = sum(label.count("\n") + 1 for label in wrapped)
-    with matplotlib.rc_context(_settings(name)):
+    with matplotlib.rc_context(_settings(name)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name may have letters that the font lacks
         figure = Figure(figsize=(WIDTH, height + LINE * lines), layout="constrained")
         axes = figure.subplots()
         draw(axes)
@@ -174,6 +176,7 @@ def _settings(name: str) -> Any:
         "ytick.labelsize": 10,
         "legend.fontsize": 10,
         "text.color": TEXT,
+        "text.parse_math": False,  # a name may have dollar signs
         "axes.labelcolor": TEXT,
         "axes.edgecolor": TEXT,
         "xtick.color": TEXT,

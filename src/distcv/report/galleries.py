@@ -195,7 +195,7 @@ def contact_sheet(pictures: Sequence[tuple[Any, list[str]]]) -> bytes:
 
     rows = -(-len(pictures) // COLUMNS)
     lines = max(len(words) for _, words in pictures)
-    with matplotlib.rc_context({"font.size": 9, "text.color": TEXT}):
+    with matplotlib.rc_context({"font.size": 9, "text.color": TEXT, "text.parse_math": False}):
         figure = Figure(figsize=(WIDTH, rows * (0.95 + 0.16 * lines)), layout="constrained")
         for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
             axes.axis("off")

@@ -1,6 +1,5 @@
 """What is read of the run folders, and the groups that one recipe's seeds form."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from distcv.results import Run, differences, grouped, read_rows, read_starts
 
 Row = dict[str, Any]
+LARGEST = 1e30  # that is drawn: beyond are infinity, and what an axis overflows by
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def _labels(recipes: list[list[Run]], runs: list[Run]) -> list[str]:
 
 
 def finite(rows: list[Row], key: str) -> list[tuple[float, float]]:
-    """(epoch, value) of the rows that have a finite value there."""
+    """(epoch, value) of the rows that have values there that can be drawn."""
     found = ((row["epoch"], row.get(key)) for row in rows)
-    return [(x, y) for x, y in found if isinstance(y, int | float) and math.isfinite(y)]
+    drawn = ((x, y) for x, y in found if isinstance(y, int | float))
+    return [(x, y) for x, y in drawn if abs(x) < LARGEST and abs(y) < LARGEST]

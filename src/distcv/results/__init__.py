@@ -9,11 +9,12 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 from distcv.command_line import parse_arguments, printable, run_command
 from distcv.config import InputError, Recipe, Strict, load_recipe, validated
@@ -52,22 +53,42 @@ class Result(BaseModel):
     """What others rely on in a result.json, which may come from a stranger; see `make_result`."""
 
     model_config = ConfigDict(extra="allow")
-    test_accuracy: float
-    seconds: float
-    test_loss: float | None = None
-    images_per_second: float | None = None
-    best_test_accuracy: float | None = None
-    best_epoch: float | None = None
-    epochs: float | None = None
-    steps: int | None = None
-    params: int | None = None
-    processes: int | None = None
-    class_accuracy: dict[str, float] | None = None
-    confusion: list[list[int]] | None = None
-    mistakes: list[dict[str, float]] | None = None
+    test_accuracy: FiniteFloat
+    seconds: FiniteFloat
+    # Older results lack some of these; none is null but the commit.
+    test_loss: float = 0
+    images_per_second: float = 0
+    best_test_accuracy: float = 0
+    best_epoch: float = 0
+    epochs: float = 0
+    steps: int = 0
+    params: int = 0
+    processes: int = 0
+    class_accuracy: dict[str, float] = {}
+    confusion: list[list[int]] = []
+    mistakes: list[dict[str, float]] = []
     commit: str | None = None
-    device: str | None = None
-    environment: dict[str, Any] | None = None
+    device: str = ""
+    environment: dict[str, Any] = {}
+
+
+class Start(BaseModel):
+    """What others rely on in a start that environment.json tells of; see `describe_environment`."""
+
+    model_config = ConfigDict(extra="allow")
+    time: Annotated[str, AfterValidator(datetime.fromisoformat)] = "2000-01-01"
+    commit: str | None = None
+    python: str = ""
+    distcv: str = ""
+    cpu: str = ""
+    device: str = ""
+    strategy: str = ""
+    threads: str | None = None
+    cores: int = 0
+    processes: int = 0
+    nodes: int = 0
+    versions: dict[str, str | None] = {}
+    options: dict[str, Any] = {}
 
 
 class Run(NamedTuple):
@@ -208,7 +229,10 @@ def last_row(folder: Path) -> dict[str, Any] | None:
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """What environment.json tells of a run's starts; nothing if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return [dict(start) for start in read_json(folder / "environment.json")["starts"]]
+        starts = [dict(start) for start in read_json(folder / "environment.json")["starts"]]
+        for start in starts:
+            Start.model_validate(start, strict=True)
+        return starts
     return []
 
 
