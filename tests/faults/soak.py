@@ -1,6 +1,7 @@
 """Start, stop, kill and resume at random, for hours: what is left is exact, and nothing grows."""
 
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -8,7 +9,6 @@ import signal
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 
 import psutil
 
@@ -16,41 +16,10 @@ from faults.core import Child, Nursery, Outcome, Place, exact, free_port, group_
 
 TITLE = "A soak: started, stopped, killed and resumed at random"
 SECONDS = 2 * 3600, 40  # of the whole suite, and in CI
-SETTLED = 20.0  # seconds in a life after which memory is to stay flat
-GROWTH = 2.0  # MiB a minute that memory may seem to grow, from sample to sample
+GROWTH = 0.2  # MiB an epoch that memory may seem to grow
 STOPS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 KILLS = ["kill all", "kill one"]
 EVENTS = [*KILLS, "stop file", *STOPS]
-
-
-@dataclass
-class Life:
-    """What was seen of one start's main process, second by second of its life."""
-
-    seconds: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
-    """Resident, in MiB."""
-    files: list[int] = field(default_factory=list)
-    """Open file descriptors."""
-
-    def look(self, child: Child, began: float) -> None:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(child.pid)
-            memory, files = process.memory_info().rss / 2**20, process.num_fds()
-            self.seconds.append(time.monotonic() - began)
-            self.memory.append(memory)
-            self.files.append(files)
-
-    def settled(self) -> tuple[list[float], list[float], list[int]]:
-        first = next((i for i, s in enumerate(self.seconds) if s > SETTLED), len(self.seconds))
-        return self.seconds[first:], self.memory[first:], self.files[first:]
-
-    def growth(self) -> float | None:
-        """Slope of memory in MiB a minute; None for a life too short to tell."""
-        seconds, memory, _ = self.settled()
-        if len(seconds) < 20 or seconds[-1] - seconds[0] < SETTLED:
-            return None
-        return 60 * statistics.linear_regression(seconds, memory).slope
 
 
 class Soak:
@@ -59,7 +28,7 @@ class Soak:
     def __init__(self, place: Place, nurse: Nursery, draw: random.Random) -> None:
         self.place, self.nurse, self.draw = place, nurse, draw
         self.events: Counter[str] = Counter()
-        self.lives: list[Life] = []
+        self.starts = 0
         self.failures: list[str] = []
 
     def flags(self, name: str) -> list[str]:
@@ -95,13 +64,12 @@ class Soak:
 
     def live(self, name: str, processes: int) -> None:
         """One start, to its end or to an event that ends it."""
-        children, life, began = self.start(name, processes), Life(), time.monotonic()
+        children, began = self.start(name, processes), time.monotonic()
         event = self.draw.choice(EVENTS)
         frozen = self.draw.random() < 0.3  # for a second, on the way
         # Mostly short lives; some are long enough to see whether memory grows.
         until = self.draw.choice([4, 8, 16, self.place.many(90, 12)]) * (0.5 + self.draw.random())
         while time.monotonic() - began < until and any(not c.ended.wait(0.25) for c in children):
-            life.look(children[0], began)
             if frozen and time.monotonic() - began > until / 2:
                 frozen = False
                 self.events["freeze and go on"] += 1
@@ -113,7 +81,7 @@ class Soak:
             self.events[event] += 1
             self.disturb(event, name, children)
         codes = [child.wait(300) for child in children]
-        self.lives.append(life)
+        self.starts += 1
         if event not in KILLS and not set(codes) <= {0, 75}:
             said = children[0].said()[-300:]
             self.failures.append(f"{name}: {event}: exit codes {codes}: {said}")
@@ -134,76 +102,92 @@ class Soak:
 
 
 def run(place: Place) -> list[Outcome]:
-    draw = random.Random(13)
-    seconds = place.many(*SECONDS)
-    began = time.monotonic()
-    digests: Counter[str] = Counter()
-    finished = Counter[str]()
     with nursery(place.folder / "logs") as nurse:
-        soak = Soak(place, nurse, draw)
-        shapes = [1, 2] if place.whole else [1]
-        expected = {n: soak.undisturbed(f"whole-{n}", n) for n in shapes}
-        number, used = 0, []
-        with contextlib.suppress(KeyboardInterrupt):  # asks for what there is so far
-            while time.monotonic() - began < seconds or not finished:
-                processes = shapes[number % len(shapes)]
-                name = f"soaked-{number}-on-{processes}"
-                try:
-                    same = soak.disturbed(name, processes) == expected[processes]
-                except (AssertionError, OSError) as error:
-                    soak.failures.append(f"{name}: {error}")
-                    same = False
-                finished[name] += 1
-                digests["exact" if same else "other"] += 1
-                if not same:
+        return [disturbed_runs(place, nurse), *steady(place, nurse)]
+
+
+def disturbed_runs(place: Place, nurse: Nursery) -> Outcome:
+    """One run after the other, for so long; Ctrl-C asks for what there is so far."""
+    seconds, began = place.many(*SECONDS), time.monotonic()
+    soak, exact_runs, used = Soak(place, nurse, random.Random(13)), 0, [0.0]
+    shapes = [1, 2] if place.whole else [1]
+    expected = {n: soak.undisturbed(f"whole-{n}", n) for n in shapes}
+    numbers = itertools.count()
+    with contextlib.suppress(KeyboardInterrupt):
+        while time.monotonic() - began < seconds or not exact_runs + len(soak.failures):
+            number = next(numbers)
+            processes = shapes[number % len(shapes)]
+            name = f"soaked-{number}-on-{processes}"
+            try:
+                if soak.disturbed(name, processes) == expected[processes]:
+                    exact_runs += 1
+                else:
                     soak.failures.append(f"{name} differs from the run that was left alone")
-                folder = place.folder / "runs" / name
-                used.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20)
-                number += 1
-                if same:
-                    shutil.rmtree(folder)
-                    shutil.rmtree(place.folder / "ids" / name)
-        left = _left(set(nurse.children))
-    growths = [growth for life in soak.lives if (growth := life.growth()) is not None]
-    files = [max(life.settled()[2]) - min(life.settled()[2])
-             for life in soak.lives if len(life.settled()[2]) > 1]  # fmt: skip
-    grown = [growth for growth in growths if growth > GROWTH]
-    more = [count for count in files if count > 2]
-    lives = len(soak.lives)
+            except (AssertionError, OSError) as error:
+                soak.failures.append(f"{name}: {error}")
+            folder = place.folder / "runs" / name
+            used.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20)
+            shutil.rmtree(folder)
+            shutil.rmtree(place.folder / "ids" / name)
+    for child in nurse.children.values():
+        child.kill_group()  # of a run that was under way
+        child.ended.wait(30)
+    left = _left(set(nurse.children))
+    faults = sum(soak.events.values())
+    return Outcome(
+        "stops, kills and freezes in runs that end exact",
+        tried=faults,
+        survived=faults if not soak.failures else 0,
+        lost="nothing: every run ends exact" if not soak.failures else "see failures",
+        figures={
+            "seconds": round(time.monotonic() - began),
+            "starts": soak.starts,
+            "runs that end exact": exact_runs,
+            "faults": dict(sorted(soak.events.items())),
+            "run folder, MiB at most": round(max(used), 2),
+            "processes left": len(left),
+        },
+        failures=soak.failures + [f"process {pid} is left" for pid in left],
+    )
+
+
+def steady(place: Place, nurse: Nursery) -> list[Outcome]:
+    """Memory and open files of one training, at their most in each of many epochs."""
+    epochs = place.many(60, 6)
+    child = nurse.start([
+        "--model", "tiny_v3", "--dataset", "synthetic", "--epochs", str(epochs),
+        "--ema-decay", "0.9", "--dropout", "0.1", "--checkpoint-every", "20", "--name", "steady",
+        "--runs-dir", str(place.folder / "runs"), "--data-dir", str(place.data_dir),
+    ])  # fmt: skip
+    metrics, process = place.folder / "runs/steady/metrics.jsonl", psutil.Process(child.pid)
+    memory, files = [0.0] * (epochs + 1), [0] * (epochs + 1)
+    while not child.ended.wait(0.1):
+        with contextlib.suppress(psutil.Error, OSError):
+            epoch = metrics.read_text().count('"event": "epoch"')
+            held = process.memory_info()
+            memory[epoch] = max(memory[epoch], (held.rss - held.shared) / 2**20)
+            files[epoch] = max(files[epoch], process.num_fds())
+    assert child.code == 0, child.said()
+    # The first epochs bring memory that is used again; after the last, the result is written.
+    settled = range(epochs // 2, epochs)
+    slope = statistics.linear_regression(settled, [memory[i] for i in settled]).slope
+    more = max(files[i] for i in settled) - min(files[i] for i in settled)
     return [
         Outcome(
-            "starts, stops and kills in runs that end exact",
-            tried=sum(soak.events.values()),
-            survived=sum(soak.events.values()) if not soak.failures else 0,
-            lost="nothing: every run ends exact" if not soak.failures else "see failures",
-            figures={
-                "seconds": round(time.monotonic() - began),
-                "starts": lives,
-                "runs": sum(digests.values()),
-                "runs that end exact": digests["exact"],
-                "events": dict(soak.events),
-                "run folder, MiB at most": round(max(used), 2),
-                "processes left": len(left),
-            },
-            failures=soak.failures + [f"process {pid} is left" for pid in left],
+            "memory of a training, from epoch to epoch",
+            tried=1,
+            survived=int(slope <= GROWTH),
+            lost=f"{slope:+.3f} MiB an epoch",
+            figures={"epochs": epochs, "MiB at most": round(max(memory))},
+            failures=[] if slope <= GROWTH else [f"{memory} MiB"],
         ),
         Outcome(
-            "memory within a life",
-            tried=len(growths),
-            survived=len(growths) - len(grown),
-            lost=f"median {statistics.median(growths):+.2f} MiB a minute"
-            if growths
-            else f"no life was longer than {2 * SETTLED:.0f} s",
-            figures={"largest growth, MiB a minute": round(max(growths), 2)} if growths else {},
-            failures=[f"{growth:.2f} MiB a minute" for growth in grown],
-        ),
-        Outcome(
-            "open files within a life",
-            tried=len(files),
-            survived=len(files) - len(more),
-            lost="nothing" if not more else "see failures",
-            figures={"most more": max(files, default=0)},
-            failures=[f"{count} more open files" for count in more],
+            "open files of a training, from epoch to epoch",
+            tried=1,
+            survived=int(more <= 2),
+            lost=f"{more} more or fewer",
+            figures={"at most": max(files)},
+            failures=[] if more <= 2 else [f"{files}"],
         ),
     ]
 
