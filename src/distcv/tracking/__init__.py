@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ ALERT_SECONDS = 2.0  # for an alert to leave, before a process that fails ends
 
 class Trackers:
     """The trackers of a run, on the main process, through Accelerate; they never stop a training.
+
+    A thread of its own does all that has to do with them, one after the other: the training doesn't
+    wait where one is slow, or is opened once more.
 
     Args:
         commit: the commit of the code that trains, or None.
@@ -44,11 +48,13 @@ class Trackers:
         self.commit, self.samples = commit, samples
         # By tracker, the first step whose row it lacks: after a kill not that of the checkpoint.
         self.first_steps: dict[str, int] = {}
+        self.rows: list[dict[str, Any]] = []  # all so far
         self.held: dict[str, Any] = {}  # of a row that waits for another one of its step
         self.held_for_wandb: dict[str, Any] = {}  # a picture, for its first row
         self.wandb_begins = 0  # the first step that W&B lacked when it was opened last
         self.stall: StallWatch | None = None
         self.names = sorted(options.track, reverse=True) if runtime.is_main else []
+        self.thread = ThreadPoolExecutor(1)
 
     def open(self) -> None:
         """Start following; to be called by the main process.
@@ -58,8 +64,9 @@ class Trackers:
         """
         if not self.names:
             return
+        self.rows = self.folder.rows()
         try:
-            self._open()
+            self.thread.submit(self._open).result()
         except Exception as error:
             problem = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
@@ -73,7 +80,7 @@ class Trackers:
 
     def _open(self, *, offline: bool = False) -> None:
         """Start the trackers; send them what they lack of the rows so far."""
-        rows = self.folder.rows()  # none at the first start
+        rows = self.rows  # none at the first start
         events = self.folder.path / "tensorboard"
         options: dict[str, dict[str, Any]] = {}
         group = f"{self.recipe.model}-{self.recipe.model_copy(update={'seed': 0}).sha256[:8]}"
@@ -134,10 +141,13 @@ class Trackers:
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics.jsonl, unless it was sent before the run was killed."""
+        if not self.names:
+            return
+        self.rows.append(row)
         self._attempt(lambda: self._send(row))
         # From now on: a first step may be compiled for minutes, and so may a first evaluation.
         compiled = row["event"] == "epoch" or not self.options.compile
-        if self.stall is None and self.wandb and compiled:
+        if self.stall is None and "wandb" in self.names and compiled:
             limit = self.options.hang_timeout / 2  # in time, before the processes give up
             self.stall = StallWatch(self.runtime.idle_seconds, limit, self._stalled)
 
@@ -200,7 +210,7 @@ class Trackers:
                 run.alert("finished", f"{self.folder.path.name}: {text}", level="INFO")
 
         self._close_watch()  # no step ends while a model is sent
-        self._attempt(show)
+        self._attempt(show).result()
 
     def close(self, *, stopped: bool = False) -> None:
         """Finish; a stopped run is marked as to be continued.
@@ -215,7 +225,7 @@ class Trackers:
             self._end()
 
         self._close_watch()
-        self._attempt(finish)
+        self._attempt(finish).result()
 
     def fail(self, problem: str) -> None:
         """Tell that the training has diverged, and finish the run as failed."""
@@ -227,7 +237,7 @@ class Trackers:
             self._end()
 
         self._close_watch()
-        self._attempt(finish)
+        self._attempt(finish).result()
 
     def _end(self) -> None:
         with trackio_run.quiet():
@@ -247,11 +257,15 @@ class Trackers:
             run.alert("stalled", text, level="WARN")
             time.sleep(ALERT_SECONDS)
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Do something with the trackers; whatever they raise, the training goes on.
+    def _attempt(self, action: Callable[[], None]) -> Future[None]:
+        """Do something with the trackers, after all else; whatever they raise, training goes on."""
+        return self.thread.submit(self._do, action)
 
-        They are opened once more first. W&B's process, for one, is ended by the SIGTERM that some
-        Slurm sites (proctrack/linuxproc) send to all processes of a job.
+    def _do(self, action: Callable[[], None]) -> None:
+        """Do it in the trackers' thread; they are opened once more if it fails.
+
+        W&B's process, for one, is ended by the SIGTERM that some Slurm sites (proctrack/linuxproc)
+        send to all processes of a job.
         """
         if not self.names:
             return

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -15,6 +15,7 @@ import numpy as np
 from distcv.config import Recipe
 from distcv.environment import git_remote, wandb_key, wandb_server
 from distcv.run_folder import RunFolder
+from distcv.wandb_api import USER_QUERY, send_query
 from distcv.wandb_log import read_records
 
 # A server that answers may take its time for a model, one that doesn't costs these together.
@@ -158,11 +159,11 @@ def _taken(artifact: Any, deadline: float) -> bool:
 
 
 def answers() -> bool:
-    """Whether W&B's server answers at all."""
+    """Whether W&B's server answers at all, and not that it is out of order."""
     try:
-        with urllib.request.urlopen(wandb_server(), timeout=PROBE_SECONDS):
-            return True
-    except HTTPError:
-        return True
-    except OSError:
+        send_query(USER_QUERY, seconds=PROBE_SECONDS)
+    except HTTPError as error:
+        return error.code < 500
+    except (OSError, HTTPException, ValueError, TypeError):
         return False
+    return True
