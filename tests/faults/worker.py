@@ -12,6 +12,8 @@ The variable FAULTS holds a JSON object; each key is a hook:
   of a run folder's lease takes so many seconds.
 - ``still``: a phase, at the first start of which the process stops until it gets a SIGCONT.
 - ``saves``: a run folder; instead of a training, step 30 is saved there twice.
+- ``tracked``: file; gets a line for each row: the seconds for which the trackers held up the
+  training.
 """
 
 import json
@@ -64,6 +66,8 @@ def main(flags: list[str]) -> None:
         spoil(rank, **faults["spoil"])
     if "without" in faults:
         without(**faults["without"])
+    if "tracked" in faults:
+        time_trackers(Path(faults["tracked"]))
     if "host" in faults:
         be_host(**faults["host"])
     train_epoch: Callable[..., bool] = distcv.loop.train_epoch
@@ -133,6 +137,21 @@ def saves(run: Path) -> None:
         checkpoint.save(folder.checkpoints, 30, held)
         print("saved", flush=True)
         checkpoint.prune(folder.checkpoints, keep=set())
+
+
+def time_trackers(file: Path) -> None:
+    """Write down how long each row takes the training."""
+    from distcv.tracking import Trackers
+
+    log = Trackers.log
+
+    def timed(self: Any, row: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        log(self, row)
+        with file.open("a") as lines:
+            lines.write(f"{time.perf_counter() - began}\n")
+
+    Trackers.log = timed  # type: ignore[method-assign]
 
 
 class Noted:
