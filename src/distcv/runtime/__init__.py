@@ -5,13 +5,11 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import LoggerType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +22,7 @@ from distcv.runtime.heartbeat import Heartbeat, die, own_store
 from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.nodes import NodeMetrics
 from distcv.runtime.sync_bn import convert
+from distcv.runtime.trackers import AccelerateTrackers
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +46,7 @@ class Runtime:
     ) -> None:
         self.strategy = choose_strategy(recipe)
         self.accelerator = start(recipe, self.strategy)
+        self.trackers = AccelerateTrackers(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.processes: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
@@ -264,26 +264,6 @@ class Runtime:
     def _scaler(self) -> torch.amp.GradScaler | None:
         return self.strategy.scaler(self.accelerator)
 
-    def start_trackers(
-        self, names: Sequence[str], project: str, folder: Path, options: dict[str, dict[str, Any]]
-    ) -> None:
-        """Start these of Accelerate's trackers on the main process; TensorBoard's in ``folder``.
-
-        Raises whatever a tracker raises; a second call then starts all of them anew.
-        """
-        self.accelerator.trackers.clear()
-        self.accelerator.project_configuration.logging_dir = str(folder)
-        self.accelerator.log_with = [LoggerType(name) for name in names]
-        self.accelerator.init_trackers(project, init_kwargs=options)
-
-    def tracker(self, name: str) -> Any:
-        """The tracker's own run object on the main process, a blank object elsewhere."""
-        return self.accelerator.get_tracker(name, unwrap=True)
-
-    def track(self, name: str, values: dict[str, float], step: int) -> None:
-        """Send values to a tracker that was started."""
-        self.accelerator.get_tracker(name).log(values, step=step)
-
     def wait(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
@@ -316,11 +296,6 @@ class Runtime:
         if failed:
             raise InputError
         return value
-
-    def end_trackers(self) -> None:
-        """Let the trackers finish what they have to send."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def close(self) -> None:
         """Leave the process group together; nothing can be shared afterwards.

@@ -76,7 +76,7 @@ class Trackers:
     @property
     def wandb(self) -> Any:
         """W&B's run, or None where it isn't followed."""
-        return self.runtime.tracker("wandb") if "wandb" in self.names else None
+        return self.runtime.trackers.run("wandb") if "wandb" in self.names else None
 
     def _open(self, *, offline: bool = False) -> None:
         """Start the trackers; send them what they lack of the rows so far."""
@@ -118,7 +118,7 @@ class Trackers:
             self.first_steps.setdefault("trackio", missing)
         if "tensorboard" in self.names:
             text = f"```yaml\n{self.recipe.to_yaml()}```"
-            self.runtime.tracker("tensorboard").add_text("recipe", text, 0)
+            self.runtime.trackers.run("tensorboard").add_text("recipe", text, 0)
         self._show_samples()
         self.held = {}
         for row in rows:
@@ -126,7 +126,7 @@ class Trackers:
 
     def _start(self, events: Path, options: dict[str, dict[str, Any]]) -> None:
         with trackio_run.quiet():
-            self.runtime.start_trackers(self.names, self.options.project, events, options)
+            self.runtime.trackers.start(self.names, self.options.project, events, options)
 
     def _show_samples(self) -> None:
         """A picture of samples, for those that take pictures and have no row yet."""
@@ -137,7 +137,7 @@ class Trackers:
         if "wandb" in new:
             self.held_for_wandb = {"samples": wandb_run.image(picture)}
         if "tensorboard" in new:
-            self.runtime.tracker("tensorboard").add_image("samples", picture, 0)
+            self.runtime.trackers.run("tensorboard").add_image("samples", picture, 0)
 
     def log(self, row: dict[str, Any]) -> None:
         """Send a row of metrics.jsonl, unless it was sent before the run was killed."""
@@ -162,7 +162,7 @@ class Trackers:
                 if name == "wandb" and self.held_for_wandb:
                     self.wandb.log(self.held_for_wandb, step=row["step"])
                     self.held_for_wandb = {}
-                self.runtime.track(name, self.held, row["step"])
+                self.runtime.trackers.log(name, self.held, row["step"])
                 self.first_steps[name] = row["step"] + 1
         self.held = {}
 
@@ -241,7 +241,7 @@ class Trackers:
 
     def _end(self) -> None:
         with trackio_run.quiet():
-            self.runtime.end_trackers()
+            self.runtime.trackers.end()
             if "trackio" in self.names:
                 trackio_run.finish()
 
