@@ -5,6 +5,7 @@ import gzip
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,7 +90,8 @@ class Loopback(ThreadingHTTPServer):
     """Serves bytes by their paths on 127.0.0.1, counts requests, and can stall on purpose.
 
     With `stall_after` set, each answer stops after so many bytes of its body (and at 0 before its
-    first header) until `go_on` is set.
+    first header) until `go_on` is set. With `pause` set, it comes in eight parts, so many seconds
+    apart.
     """
 
     daemon_threads = True
@@ -100,6 +102,7 @@ class Loopback(ThreadingHTTPServer):
         self.files = files
         self.requests: Counter[str] = Counter()
         self.stall_after: int | None = None
+        self.pause = 0.0
         self.stalled, self.go_on = threading.Event(), threading.Event()
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -125,7 +128,10 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.write(body[: server.stall_after])
             self._stall()
             body = body[server.stall_after :]
-        self.wfile.write(body)
+        size = -(-len(body) // 8) if server.pause else len(body)
+        for start in range(0, len(body), size or 1):
+            time.sleep(server.pause)
+            self.wfile.write(body[start : start + size])
 
     def _stall(self) -> None:
         self.server.stalled.set()
