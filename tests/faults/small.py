@@ -1,7 +1,7 @@
 """A training of a few seconds, of one process or several, which the suites on stops disturb."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,25 @@ class Small:
             self.alone[processes] = self.finish(f"alone-{processes}", processes)
         assert self.finish(name, processes) == self.alone[processes], f"{name} is not exact"
 
-    def wait_for_step(self, name: str, step: int) -> None:
-        """Wait until metrics.jsonl tells of this step."""
+    def wait_for_step(self, name: str, step: int, over: Callable[[], bool]) -> None:
+        """Wait until metrics.jsonl tells of this step, which it can't once it is over."""
         metrics = self.folder(name) / "metrics.jsonl"
 
         def come() -> bool:
             steps = re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")
-            return any(int(found) >= step for found in steps)
+            told = any(int(found) >= step for found in steps)
+            assert told or not over(), f"over before step {step}"
+            return told
 
         wait_until(come, 120, f"step {step} of {name}")
 
 
-def wait_for_phase(mark: Path, phase: str) -> None:
-    """Wait until a file of ``worker.py`` tells of this phase."""
-    wait_until(lambda: mark.exists() and phase in mark.read_text().split(), 120, phase)
+def wait_for_phase(mark: Path, phase: str, over: Callable[[], bool]) -> None:
+    """Wait until a file of ``worker.py`` tells of this phase, which it can't once it is over."""
+
+    def come() -> bool:
+        told = mark.exists() and phase in mark.read_text().split()
+        assert told or not over(), f"over before the phase {phase}"
+        return told
+
+    wait_until(come, 120, phase)

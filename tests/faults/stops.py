@@ -114,7 +114,7 @@ class Asked:
                 stdout=log, stderr=log, env=self.env, start_new_session=True,
             )  # fmt: skip
         try:
-            wait_for_phase(self.mark, self.cell.phase)
+            wait_for_phase(self.mark, self.cell.phase, lambda: launcher.poll() is not None)
             for number in range(self.cell.signals):
                 time.sleep(0.2 * (number > 0))
                 self.ask(launcher)
@@ -160,7 +160,9 @@ class Asked:
             # The launcher died, and with it the store by which its processes would have joined.
             assert not folder.exists(), "they can't have joined"
             return "nothing to save"
-        answer = re.fullmatch(r"stopped after step (\d+)\n", (folder / "STOP").read_text())
+        stop = folder / "STOP"
+        text = stop.read_text() if stop.exists() else ""
+        answer = re.fullmatch(r"stopped after step (\d+)\n", text)
         assert answer, f"no answer in STOP: {self.said()}"
         assert not (folder / "result.json").exists(), "it was asked to stop, and finished"
         step, held = int(answer[1]), checkpoint.steps(folder / "checkpoints")
