@@ -117,6 +117,8 @@ def try_mutant(mutant: Mutant, data_dir: Path) -> bool:
     with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
         source = Path(scratch) / "src"
         shutil.copytree(SOURCE, source)
+        for name in ("configs", "launch", "slurm"):  # which the program looks for beside itself
+            (source.parent / name).symlink_to(SOURCE.parent / name)
         file = source / "distcv" / mutant.file
         text = file.read_text()
         assert text.count(mutant.old) == 1, f"{mutant.file} has not one {mutant.old!r}"
