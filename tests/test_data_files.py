@@ -229,7 +229,9 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
         "TypeError: the labels are a int": python3_pickle(np.zeros((1, 3072), np.uint8), 1 << 40),  # type: ignore[arg-type]
         "ValueError: bytes must be in range": python3_pickle(np.zeros((1, 3072), np.uint8), [300]),
         "TypeError": pickle.dumps(7, 2),
-        "EOFError": b"",
+        "pickle exhausted before seeing STOP": b"",
+        "it asks for 134,217,728 places": b"\x80\x04Nr\x00\x00\x00\x08.",
+        "it asks for 1,048,576 places": b"Np1048576\n.",
         "no CIFAR batch": b"\x80\x02}(U\xff",
     }
 
@@ -354,3 +356,29 @@ def test_a_sparse_member_whose_map_is_cut_short(tmp_path: Path) -> None:
     info = replace(CIFAR100, files=((name, sha256(gzip.compress(tar))),))
     with pytest.raises(InputError, match=f"^{name}: "):
         read_folder(info, tmp_path)
+
+
+def test_an_archive_whose_headers_claim_too_much(tmp_path: Path) -> None:
+    name = CIFAR100.files[0][0]
+    many, long = tarfile.TarInfo("x"), tarfile.TarInfo("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    for tar, reason in (
+        (2000 * many.tobuf(), "more than 1,000 members"),
+        (long.tobuf() + bytes(1 << 20), "a header claims 1,073,741,824 bytes"),
+    ):
+        data = gzip.compress(tar + bytes(1024), 1)
+        put_files(tmp_path, {name: data})
+        info = replace(CIFAR100, files=((name, sha256(data)),))
+
+        def read(info: DatasetInfo = info) -> None:
+            read_folder(info, tmp_path)
+
+        with pytest.raises(InputError, match=reason):
+            read()
+        assert allocated(read) < 200 << 20
+
+
+def test_a_list_of_labels_that_is_too_long() -> None:
+    assert readers.parse_json_labels(b"[1, 255]").tolist() == [1, 255]
+    with pytest.raises(InputError, match="no list of labels: more than 1,048,576 bytes"):
+        readers.parse_json_labels(b"[" + (1 << 19) * b"1," + b"1]")

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import pickletools
 import struct
 import tarfile
 import zlib
@@ -31,6 +32,9 @@ READING_ERRORS = (
     struct.error, tarfile.TarError,
 )  # fmt: skip
 MAX_MEMBER = 1 << 26  # bytes; the largest member of any archive here has 47 million
+MAX_MEMBERS = 1000  # of an archive; tarfile keeps a header of each
+MAX_MEMO = 1 << 20  # places; unpickling takes room for as many as a single byte of a file asks for
+MAX_LABELS = 1 << 20  # bytes of JSON; 50,000 labels have a quarter of it
 
 
 class Arrays(NamedTuple):
@@ -221,6 +225,10 @@ def read_cifar_batch(file: BinaryIO, label_key: str) -> tuple[np.ndarray, np.nda
         InputError: it is no such pickle, or names anything that a batch does not need.
     """
     try:
+        for opcode, index, _ in pickletools.genops(file):
+            if opcode.name.endswith("PUT") and (index or 0) >= MAX_MEMO:
+                raise pickle.UnpicklingError(f"it asks for {index:,} places in memory")
+        file.seek(0)
         entries = _BatchUnpickler(file, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: entries[key] for key in entries}
         return batch["data"].values, _label_array(batch[label_key])
@@ -270,13 +278,27 @@ def parse_json_labels(data: bytes) -> np.ndarray:
         InputError: it is anything else.
     """
     try:
+        if len(data) > MAX_LABELS:
+            raise ValueError(f"more than {MAX_LABELS:,} bytes")
         return _label_array(parse_json(data.decode()))
     except (ValueError, TypeError) as error:
         raise InputError(f"no list of labels: {one_line(error)}") from error
 
 
+class _Zipped(gzip.GzipFile):
+    """A zipped archive of which no more is read at once than a member may have.
+
+    What tarfile takes for one more header can claim any size, and is read whole.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_MEMBER:
+            raise InputError(f"a header claims {size or 0:,} bytes")
+        return super().read(size)
+
+
 def read_members(path: Path, sha256: str, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and contents of these members of a tar archive, in the order they lie there.
+    """Yield name and contents of these members of a .tar.gz, in the order they lie there.
 
     One pass, since going back in a zipped archive means to unzip it again; one member in memory.
 
@@ -286,8 +308,10 @@ def read_members(path: Path, sha256: str, names: tuple[str, ...]) -> Iterator[tu
     """
     check_file(path, sha256)
     missing = set(names)
-    with tarfile.open(path) as archive:
-        for member in archive:
+    with _Zipped(path) as zipped, tarfile.open(fileobj=zipped, mode="r:") as archive:
+        for number, member in enumerate(archive):
+            if number >= MAX_MEMBERS:
+                raise InputError(f"it has more than {MAX_MEMBERS:,} members")
             if member.name not in missing or not member.isreg():
                 continue
             if member.size > MAX_MEMBER:
