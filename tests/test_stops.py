@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults.core import wait_until
-from runs import Runs
+from runs import TRAIN, Runs
 
 from distcv import checkpoint
 from distcv.preempt import JOB_STOP_FILE, SIGNALS, STOPPED, StopRequest
@@ -100,7 +100,7 @@ def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) ->
 
 
 def test_a_signal_while_torch_is_loaded_is_answered_before_step_1(runs: Runs) -> None:
-    process = runs.start("early", *SHORT)
+    process = runs.start("early", *SHORT, command=TRAIN)
     proc = Path(f"/proc/{process.pid}")
     wait_until(lambda: caught(proc / "status") & 1 << signal.SIGTERM - 1, 60, "handler")
     assert "torch" not in (proc / "maps").read_text(), "it is loaded already"
