@@ -73,6 +73,22 @@ def end(process: Process) -> None:
     process.communicate()
 
 
+def stopped_in(function: str, asked: Path) -> list[str]:
+    """The command of a training for which the file ``asked`` appears as this function of the loop
+    begins for the first time.
+    """
+    code = (
+        "import pathlib, distcv.loop as loop, distcv.train as train\n"
+        f"{function} = loop.{function}\n"
+        "def hooked(*args, **kwargs):\n"
+        f"    pathlib.Path({str(asked)!r}).touch()\n"
+        f"    return {function}(*args, **kwargs)\n"
+        f"loop.{function} = hooked\n"
+        "train.command()"
+    )
+    return [sys.executable, "-c", code]
+
+
 class Runs:
     """Starts trainings whose run folders lie in one temporary folder."""
 

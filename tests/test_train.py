@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TRAIN, Process, Runs, launched
+from runs import ROOT, TRAIN, Process, Runs, launched, stopped_in
 
 from distcv import checkpoint
 
@@ -151,16 +151,7 @@ def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_for_later(
     moment: str, then: str, runs: Runs, tmp_path: Path
 ) -> None:
     asked = tmp_path / "asked"
-    code = (  # the file comes when the epoch, of one step, or its evaluation begins
-        "import pathlib, distcv.loop as loop, distcv.train as train\n"
-        f"{then} = loop.{then}\n"
-        "def hooked(*args, **kwargs):\n"
-        f"    pathlib.Path({str(asked)!r}).touch()\n"
-        f"    return {then}(*args, **kwargs)\n"
-        f"loop.{then} = hooked\n"
-        "train.command()"
-    )
-    command = [sys.executable, "-c", code]
+    command = stopped_in(then, asked)
     flags = ["--model", "gap", "--max-steps", "1"]
     said = runs.run(moment, *flags, command=command, expect=75, DISTCV_STOP_FILE=str(asked))
     assert asked.read_text() == "stopped after step 1\n" and "epoch" not in said.split("folder")[1]

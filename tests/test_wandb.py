@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Runs
+from runs import ROOT, Runs, stopped_in
 from wandb_runs import check_whole, kill, run_of, wandb_sync
 from wandb_server import KEY, WandbServer
 from wandb_store import ENTITY
@@ -86,10 +86,9 @@ def test_a_stop_before_an_evaluation_does_not_part_its_row(
 ) -> None:
     flags = [*SHORT, "--max-steps", "1"]
     asked = tmp_path / "asked"
-    asked.touch()
-    for _ in range(2):
-        runs.run("r", *flags, expect=75, DISTCV_STOP_FILE=str(asked))
-    assert [row["event"] for row in runs.rows("r")] == ["train"]
+    for command in (stopped_in("train_epoch", asked), None):  # the second time before it begins
+        runs.run("r", *flags, command=command, expect=75, DISTCV_STOP_FILE=str(asked))
+        assert [row["event"] for row in runs.rows("r")] == ["train"]
     runs.run("r", *flags)
     check_whole(runs, "r", server, starts=3, steps=[1])
 
