@@ -73,15 +73,16 @@ def end(process: Process) -> None:
     process.communicate()
 
 
-def stopped_in(function: str, asked: Path) -> list[str]:
+def stopped_in(function: str, asked: Path, call: int = 1) -> list[str]:
     """The command of a training for which the file ``asked`` appears as this function of the loop
-    begins for the first time.
+    begins for that time.
     """
     code = (
-        "import pathlib, distcv.loop as loop, distcv.train as train\n"
-        f"{function} = loop.{function}\n"
+        "import itertools, pathlib, distcv.loop as loop, distcv.train as train\n"
+        f"{function}, calls = loop.{function}, itertools.count(1)\n"
         "def hooked(*args, **kwargs):\n"
-        f"    pathlib.Path({str(asked)!r}).touch()\n"
+        f"    if next(calls) == {call}:\n"
+        f"        pathlib.Path({str(asked)!r}).touch()\n"
         f"    return {function}(*args, **kwargs)\n"
         f"loop.{function} = hooked\n"
         "train.command()"
@@ -123,10 +124,12 @@ class Runs:
         assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
         return out + err
 
-    def group(self, name: str, processes: int, *flags: str, **env: str) -> list[Process]:
+    def group(
+        self, name: str, processes: int, *flags: str, command: list[str] | None = None, **env: str
+    ) -> list[Process]:
         """Start several processes that train together on the CPU, without a launcher."""
-        on_cpu = {"ACCELERATE_USE_CPU": "true"}  # as launch/cpu.yaml says
-        return [self.start(name, *flags, **on_cpu, **env, **own) for own in ranks(processes)]
+        env |= {"ACCELERATE_USE_CPU": "true"}  # as launch/cpu.yaml says
+        return [self.start(name, *flags, command=command, **env, **own) for own in ranks(processes)]
 
     def together(self, name: str, processes: int, *flags: str, **env: str) -> str:
         """Run such a group to the end; what all printed."""

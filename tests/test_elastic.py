@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT, Process, Runs, launched
+from runs import ROOT, Process, Runs, launched, stopped_in
 
 FLAGS = [
     "--model", "gap", "--max-steps", "90", "--log-every", "5", "--checkpoint-every", "20",
@@ -106,17 +106,13 @@ def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_sha
 def test_a_stop_is_seen_between_two_rows(runs: Runs) -> None:
     """Processes agree on it every two seconds, however many steps there are from row to row."""
     flags = ["--model", "gap", "--max-steps", "4000", "--log-every", "4000"]
-    process, peer = runs.group("between", 2, *flags)
-    while not (runs.folder / "between/checkpoints").exists():
-        assert process.poll() is None
-        if (runs.folder / "between/environment.json").exists():
-            (runs.folder / "between/STOP").touch()  # again, until the training has begun
-        time.sleep(0.1)
-    out, err = process.communicate(timeout=60)
+    command = stopped_in("lr_at", runs.folder / "between/STOP", call=30)
+    process, peer = runs.group("between", 2, *flags, command=command)
+    out, err = process.communicate(timeout=200)
     peer.wait(timeout=60)
     assert process.returncode == peer.returncode == 75
     (step,) = re.findall(r"stopped after step (\d+)", out)
-    assert int(step) % 468, f"{out}{err}: only at an epoch's end"
+    assert 30 <= int(step) < 468, f"{out}{err}: only at an epoch's end"
 
 
 @pytest.mark.slow
