@@ -22,7 +22,7 @@ from faults.core import Child, Nursery, Outcome, Place, nursery, wait_until
 
 TITLE = "Trackers that fail"
 SHARE, EXIT = 1.0, 30.0  # at most: percent of the training, seconds from the last row to the end
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 class Fault(NamedTuple):

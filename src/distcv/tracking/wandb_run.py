@@ -19,7 +19,7 @@ from distcv.wandb_api import USER_QUERY, send_query
 from distcv.wandb_log import read_records
 
 # A server that answers may take its time for a model, one that doesn't costs these together.
-ANSWER_SECONDS, PROBE_SECONDS, FINISH_SECONDS = 5, 4, 20
+ANSWER_SECONDS, PROBE_SECONDS, FINISH_SECONDS = 5, 4, 15
 UPLOAD_SECONDS = 240  # the other processes wait, and would take ten minutes for a failure
 
 
