@@ -80,7 +80,7 @@ def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_sha
 ) -> None:
     """Two processes, stopped; then FSDP2 on three, stopped; then one process to the end."""
     # As in the strategies' tests: a rate at which rounding isn't amplified.
-    flags = ["--model", "lighter", "--optimizer", "adamw", "--lr", "0.0003", "--batch-size", "65",
+    flags = ["--model", "lighter", "--optimizer", "adamw", "--lr", "0.00003", "--batch-size", "65",
              "--max-steps", "60", "--log-every", "1"]  # fmt: skip
     runs.run("shape-whole", *flags)
     shapes = (launch("cpu", "--max_restarts", "1"), launch("fsdp2", processes=3))

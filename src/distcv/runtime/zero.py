@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,8 @@ class Zero(WholeCopies):
     def joined(self, accelerator: Accelerator) -> None:
         # It says at every start that an optimizer of torch is not its own.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # It calls exchanges by names that torch 2.14 warns of, at every call.
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
 
     def wrapped(self, model: Any, optimizer: Any) -> None:
         self.engine, self.zero = model, optimizer.optimizer
