@@ -146,7 +146,7 @@ class Runs:
 
     def wait_for_step(self, name: str, step: int, process: Process | None = None) -> None:
         """Wait until a run has logged this step, or a later one, while the process lives."""
-        deadline, metrics = time.monotonic() + 300, self.folder / name / "metrics.jsonl"
+        deadline, metrics = time.monotonic() + 540, self.folder / name / "metrics.jsonl"
         while time.monotonic() < deadline:
             steps = re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")
             if any(int(found) >= step for found in steps):
