@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distcv.config import InputError
 from distcv.durable import make_folder, set_aside, sync, write_file
+from distcv.files import read_json
 
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"(?:replaced-)?step-(\d{8,})")
@@ -126,8 +127,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     file = path / "state.json"
     try:
-        state = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        state = read_json(file)
+    except ValueError:
         state = None
     if not isinstance(state, dict):
         raise InputError(f"{file}: not a JSON object: {REMEDY}")

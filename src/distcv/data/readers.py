@@ -33,7 +33,7 @@ READING_ERRORS = (
 )  # fmt: skip
 MAX_MEMBER = 1 << 26  # bytes; the largest member of any archive here has 47 million
 MAX_MEMBERS = 1000  # of an archive; tarfile keeps a header of each
-MAX_MEMO = 1 << 20  # places; unpickling takes room for as many as a single byte of a file asks for
+MAX_STEPS = 1 << 20  # of a pickle, and places in its memo, of which five bytes can ask for 32 GB
 MAX_LABELS = 1 << 20  # bytes of JSON; 50,000 labels have a quarter of it
 
 
@@ -225,9 +225,10 @@ def read_cifar_batch(file: BinaryIO, label_key: str) -> tuple[np.ndarray, np.nda
         InputError: it is no such pickle, or names anything that a batch does not need.
     """
     try:
-        for opcode, index, _ in pickletools.genops(file):
-            if opcode.name.endswith("PUT") and (index or 0) >= MAX_MEMO:
-                raise pickle.UnpicklingError(f"it asks for {index:,} places in memory")
+        for step, (opcode, index, _) in enumerate(pickletools.genops(file)):
+            asked = (index or 0) if opcode.name.endswith("PUT") else step
+            if asked >= MAX_STEPS:
+                raise pickle.UnpicklingError(f"it asks for {asked:,} places in memory")
         file.seek(0)
         entries = _BatchUnpickler(file, encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: entries[key] for key in entries}
