@@ -243,29 +243,43 @@ def trained(place: Place, data: Served) -> Outcome:
     return Outcome("a training with a lying mirror", 1, 1 - len(failures), "nothing", {}, failures)
 
 
-def run(place: Place) -> list[Outcome]:
-    """Whoever gets bytes gets the right ones; whoever can't is told so."""
-    mnist = load_arrays(DATASETS["mnist"], place.data_dir, print)
-    small, real = served(mnist, 600, 100), served(mnist, 60_000, 10_000)
-    few, many = place.many(100, 3), place.many(100, 4)
+def kills(place: Place) -> list[Outcome]:
+    """Nothing goes wrong, or those that fetch are killed."""
+    data, (few, many) = small(place), (place.many(100, 3), place.many(100, 4))
+    told = {"right", "killed"}
+    return [
+        trial(place, "8 processes at once", data, few, nothing, {"right"}),
+        trial(place, "the one that fetches is killed", data, many, killed, told),
+        trial(place, "two of them, one after the other", data, few, killed_twice, told),
+    ]
+
+
+def wrong_bytes(place: Place) -> list[Outcome]:
+    """What is served, or was kept, is not what it should be, or can't be kept."""
+    data, (few, many) = small(place), (place.many(100, 3), place.many(100, 4))
     told = {"right", "refused"}
     return [
-        trial(place, "8 processes at once", small, few, nothing, {"right"}),
-        trial(place, "the one that fetches is killed", small, many, killed, {"right", "killed"}),
-        trial(
-            place, "two of them, one after the other", small, few, killed_twice, {"right", "killed"}
-        ),
-        trial(place, "a changed byte in the cache", small, few, bad_cache, {"right"}),
-        trial(place, "a lying mirror", small, many, lying, told),
-        trial(place, "a mirror that lies at first", small, few, lying_at_first, told),
-        trial(place, "a disk that is full for three", small, few, full_disk, told),
-        trial(
-            place,
-            "the whole MNIST, one killed",
-            real,
-            place.many(5, 1),
-            killed,
-            {"right", "killed"},
-        ),
-        trained(place, real),
+        trial(place, "a changed byte in the cache", data, few, bad_cache, {"right"}),
+        trial(place, "a lying mirror", data, many, lying, told),
+        trial(place, "a mirror that lies at first", data, few, lying_at_first, told),
+        trial(place, "a disk that is full for three", data, few, full_disk, told),
     ]
+
+
+def whole_mnist(place: Place) -> list[Outcome]:
+    """The data set as it is, and a training of it."""
+    mnist = load_arrays(DATASETS["mnist"], place.data_dir, print)
+    data, count = served(mnist, 60_000, 10_000), place.many(5, 1)
+    return [
+        trial(place, "the whole MNIST, one killed", data, count, killed, {"right", "killed"}),
+        trained(place, data),
+    ]
+
+
+def small(place: Place) -> Served:
+    return served(load_arrays(DATASETS["mnist"], place.data_dir, print), 600, 100)
+
+
+def run(place: Place) -> list[Outcome]:
+    """Whoever gets bytes gets the right ones; whoever can't is told so."""
+    return [*kills(place), *wrong_bytes(place), *whole_mnist(place)]

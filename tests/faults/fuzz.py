@@ -74,7 +74,8 @@ def fuzz(folder: Path, name: str, runs: int, seconds: int) -> Outcome:
         "MiB at most, program included": int(peak[-1]) if peak else 0,
     }
     fault = f"fuzzed: {READERS[name]}"
-    return Outcome(fault, executed, executed - len(failures), "nothing", figures, failures)
+    survived = max(0, executed - len(failures))
+    return Outcome(fault, executed, survived, "nothing", figures, failures)
 
 
 def fuzzed(place: Place) -> list[Outcome]:
