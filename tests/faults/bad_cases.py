@@ -66,19 +66,19 @@ contradictions = st.sampled_from([
     ("schedule: multistep", ("lr_milestones",)),
     ("momentum: 0\noptimizer: sgd", ("momentum",)),
 ])  # fmt: skip
-aliases = st.sampled_from([
+ALIASES = [
     b"lr: &a [*a]", b"&a a: *a", b"lr: *b", b"lr: &a {b: *a}", b"lr: &a 1\nmomentum: *a",
     b"a: &a [x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9))
                                 for c in range(ord("b"), ord("k"))),
-])  # fmt: skip
-bombs = st.sampled_from([
+]  # fmt: skip
+BOMBS = [
     b"", b"\n", b"lr", b"- lr: 1", b"\xff\xfe", "lr: 1".encode("utf-16"), b"lr: \x00",
     b"lr: \xc3\x28", b"\tlr: 1", b"lr:\t1", b"lr: 1\n--- \nlr: 2", b"lr: 1\n}", b"lr: 1\n lr: 2",
     b"[" * 3000, b"{a: " * 3000, b"- " * 3000, b"? " * 3000, b"'lr: 1", b'"lr": "1',
     b"? [lr]\n: 1", b"%YAML 3.0\n---\nlr: 1", b"!!set {lr}",
     b"!!python/object/apply:os.system ['true']", b"lr: !!python/name:os.system", b"x" * 70_000,
     b"lr: 1\n" + b"#" * 70_000,
-])  # fmt: skip
+]  # fmt: skip
 
 
 @st.composite
@@ -86,9 +86,9 @@ def recipes(draw: st.DrawFn) -> Case:
     """The bytes of a recipe in which one thing is wrong, among others that are right."""
     kind = draw(st.sampled_from(["key", "value", "value", "twice", "pair", "whole", "alias"]))
     if kind == "alias":
-        return Case(draw(aliases), ("an alias",))
+        return Case(draw(st.sampled_from(ALIASES)), ("an alias",))
     if kind == "whole":
-        return Case(draw(bombs | st.binary(max_size=200)), ("recipe",))
+        return Case(draw(st.sampled_from(BOMBS) | st.binary(max_size=200)), ("recipe",))
     name = draw(st.sampled_from(FIELDS))
     lines, names = f"{name}: {draw(as_yaml)}", (name, "not a readable YAML file", "unknown key")
     if kind == "key":

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from distcv.command_line import RunOptions
 from distcv.config import Recipe, load_recipe
-from faults.bad_cases import COMMANDS, Case, command_lines, other_command_lines, recipes
+from faults.bad_cases import (
+    ALIASES,
+    BOMBS,
+    COMMANDS,
+    Case,
+    command_lines,
+    other_command_lines,
+    recipes,
+)
 from faults.commands import Answer, answer, command
 from faults.core import Outcome, Place
 
@@ -112,7 +120,18 @@ def bad_recipes(place: Place) -> list[Outcome]:
         got = answer(train.main, "--print-config", "--recipe", str(file))
         return got, wrong_recipe(got.out, again) if got.code == 0 else None
 
-    return [tried("a wrong recipe", recipes(), place.many(4500, 300), ask)]
+    failures = []
+    listed = [Case(data, ("recipe",)) for data in BOMBS]
+    listed += [Case(data, ("an alias",)) for data in ALIASES]
+    for case in listed:
+        got, _ = ask(case)
+        if wrong := wrong_refusal(got, case.names):
+            failures.append(f"{case.given!r:.100}: {wrong}")
+    survived = len(listed) - len(failures)
+    return [
+        Outcome("a file that is no recipe", len(listed), survived, "nothing", failures=failures),
+        tried("a wrong recipe", recipes(), place.many(4500, 300), ask),
+    ]
 
 
 def bad_flags(place: Place) -> list[Outcome]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from conftest import DEAD, Loopback, loopback
 from data_files import sha256, spoil
@@ -60,14 +61,16 @@ class Trial:
     def start(self, count: int = PROCESSES, **fields: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["faults.fetcher"])
-        begin = time.time() + 0.2
+        begin, main = time.time() + 0.2, sys.modules["__main__"]
         for _ in range(count):
             said = self.folder / "said" / str(len(self.processes))
             order = Order(
                 self.folder / "data", said, self.data.row, self.server.url, begin, **fields
             )
             process = context.Process(target=load, args=(order,), daemon=True)
-            process.start()
+            # Else each would import the main module anew, and torch with it.
+            with mock.patch.multiple(main, __spec__=None, __file__=None, create=True):
+                process.start()
             self.processes.append(process)
 
     def said(self, number: int) -> str:
