@@ -68,8 +68,12 @@ class Trial:
                 self.folder / "data", said, self.data.row, self.server.url, begin, **fields
             )
             process = context.Process(target=load, args=(order,), daemon=True)
-            # Else each would import the main module anew, and torch with it.
-            with mock.patch.multiple(main, __spec__=None, __file__=None, create=True):
+            # Else each would import the main module anew, and torch with it; and the server would
+            # not find what it is to load for all (Python 3.11).
+            with (
+                mock.patch.multiple(main, __spec__=None, __file__=None, create=True),
+                mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+            ):
                 process.start()
             self.processes.append(process)
 
