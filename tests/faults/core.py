@@ -96,7 +96,8 @@ class Nursery:
         )  # fmt: skip
         self.born: list[int] = []
         self.birth = threading.Condition()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -140,12 +141,14 @@ class Nursery:
         return child.said()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         for child in self.children.values():
             if child.code is None:
                 child.kill_group()
         self.process.stdin.close()
         self.process.wait(30)
+        self.listener.join()
+        self.process.stdout.close()
 
 
 @contextlib.contextmanager

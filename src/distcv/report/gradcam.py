@@ -41,8 +41,8 @@ def grad_cam(
     hooks = [module.register_forward_hook(remember) for module in convolutions]
     try:
         with torch.enable_grad():
-            # The network's own weights are frozen.
-            logits = logits_of(images.float().requires_grad_())
+            # A copy, since the network's own weights are frozen and its normalization is in place.
+            logits = logits_of(images.float().requires_grad_().clone())
     finally:
         for hook in hooks:
             hook.remove()
