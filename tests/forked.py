@@ -6,28 +6,55 @@ while torch is loaded (the command line, the choice of threads, launchers) need 
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # is read when torch is loaded, so it is the same for all
 
 FORKS = multiprocessing.get_context("forkserver")
-# What a training loads, but for distcv.train itself; nothing of it starts a thread.
+# What a training loads, but for distcv.train itself; nothing of it starts a thread. The first
+# optimizer of a process asks for dynamo, which takes longer than all of a small training.
 FORKS.set_forkserver_preload(
-    ["distcv.loop", "distcv.run_folder", "distcv.samples", "distcv.tracking", "distcv.training",
-     "distcv.runtime.fsdp", "torch._dynamo", "torch.utils.tensorboard"]
+    ["distcv.data.synthetic", "distcv.loop", "distcv.run_folder", "distcv.samples",
+     "distcv.tracking", "distcv.training", "distcv.runtime.fsdp", "torch._dynamo",
+     "torch.utils.tensorboard"]
 )  # fmt: skip
 
 
+@functools.cache
+def _start_server() -> None:
+    """What the server has in its environment before it loads torch is the same for all forks."""
+    # This one warns at the end of what processes that were killed have left.
+    with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore"):
+        resource_tracker.ensure_running()
+    with mock.patch.dict(os.environ, ONE_THREAD):
+        forkserver.ensure_running()
+
+
+def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """A process that calls a function, and ends with this one at the latest."""
+    _start_server()
+    process = FORKS.Process(target=target, args=arguments, daemon=True)
+    # Else each fork would import the main module anew, which may be pytest.
+    with mock.patch.multiple(sys.modules["__main__"], __spec__=None, __file__=None, create=True):
+        process.start()
+    return process
+
+
 def _main(module: str, flags: list[str], env: dict[str, str], cwd: Path, said: list[Path]) -> None:
-    """In the fork: ``python -m module``, with its output in two files."""
+    """In the fork: ``python -m module``, with its output in two files, in a group of its own."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(said, start=1):
         with path.open("a") as file:
             os.dup2(file.fileno(), number)
@@ -51,14 +78,11 @@ class Forked:
         self, module: str, flags: Sequence[str], env: Mapping[str, str], said: Path
     ) -> None:
         self.module = module
-        self.said = [said.with_suffix(f".{name}") for name in ("out", "err")]
-        for path in self.said:
+        self.printed = [said.with_name(f"{said.name}.{stream}") for stream in ("out", "err")]
+        for path in self.printed:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
-        told = (module, list(flags), dict(env), Path.cwd(), self.said)
-        self.process = FORKS.Process(target=_main, args=told, daemon=True)
-        with mock.patch.dict(os.environ, ONE_THREAD):  # of the server, which the first one starts
-            self.process.start()
+        self.process = forked(_main, module, list(flags), dict(env), Path.cwd(), self.printed)
         assert self.process.pid is not None
         self.pid = self.process.pid
 
@@ -89,5 +113,5 @@ class Forked:
     def communicate(self, timeout: float = 60) -> tuple[str, str]:
         """Wait for its end; what it printed to stdout and to stderr."""
         self.wait(timeout)
-        out, err = (path.read_text() for path in self.said)
+        out, err = (path.read_text(errors="replace") for path in self.printed)
         return out, err

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import multiprocessing
 import os
 import random
 import subprocess
@@ -12,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 from conftest import DEAD, Loopback, loopback
 from data_files import sha256, spoil
+from forked import forked
 
 from distcv.data import DATASETS
 from distcv.data.cache import load_arrays
@@ -59,23 +58,13 @@ class Trial:
         self.processes: list[Any] = []
 
     def start(self, count: int = PROCESSES, **fields: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["faults.fetcher"])
-        begin, main = time.time() + 0.2, sys.modules["__main__"]
+        begin = time.time() + 0.2
         for _ in range(count):
             said = self.folder / "said" / str(len(self.processes))
             order = Order(
                 self.folder / "data", said, self.data.row, self.server.url, begin, **fields
             )
-            process = context.Process(target=load, args=(order,), daemon=True)
-            # Else each would import the main module anew, and torch with it; and the server would
-            # not find what it is to load for all (Python 3.11).
-            with (
-                mock.patch.multiple(main, __spec__=None, __file__=None, create=True),
-                mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
-            ):
-                process.start()
-            self.processes.append(process)
+            self.processes.append(forked(load, order))
 
     def said(self, number: int) -> str:
         file = self.folder / "said" / str(number)

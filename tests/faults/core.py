@@ -6,19 +6,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from forked import ONE_THREAD, Forked
+
 from distcv import checkpoint
 
 HERE = Path(__file__).resolve().parent
-WORKER = HERE / "worker.py"
+WORKER = "faults.worker"  # the module that a training runs as
 
 
 @dataclass(frozen=True)
@@ -52,33 +51,34 @@ class Place(NamedTuple):
         return whole if self.whole else small
 
 
-@dataclass
-class Child:
-    """A training that a nursery has started."""
+class Child(Forked):
+    """A training that a suite has started, the leader of a process group of its own."""
 
-    pid: int
-    log: Path
-    ended: threading.Event
-    code: int | None = None
-    """Exit code, negative for a signal; None as long as it runs."""
+    @property
+    def code(self) -> int | None:
+        """Exit code, negative for a signal; None as long as it runs."""
+        return self.returncode
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+    def ended(self, seconds: float = 0) -> bool:
+        """Whether it ends within so many seconds."""
+        self.process.join(seconds)
+        return self.code is not None
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        self.send_signal(number)
 
     def kill_group(self) -> None:
         """SIGKILL to it and all that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def wait(self, seconds: float) -> int:
-        assert self.ended.wait(seconds), f"still running after {seconds} s:\n{self.said()}"
-        assert self.code is not None
-        return self.code
+    def wait(self, timeout: float) -> int:
+        assert self.ended(timeout), f"still running after {timeout} s:\n{self.said()}"
+        return super().wait(0)
 
     def said(self) -> str:
         """All that it has printed."""
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "".join(path.read_text(errors="replace") for path in self.printed)
 
 
 class Nursery:
@@ -86,51 +86,18 @@ class Nursery:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.children: dict[int, Child] = {}
-        self.lock = threading.Lock()
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "nursery.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        self.born: list[int] = []
-        self.birth = threading.Condition()
-        self.listener = threading.Thread(target=self._listen, daemon=True)
-        self.listener.start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            told = json.loads(line)
-            with self.birth:
-                if "born" in told:
-                    self.children[told["born"]] = Child(
-                        told["born"], Path(told["log"]), threading.Event()
-                    )
-                    self.born.append(told["born"])
-                    self.birth.notify_all()
-                else:
-                    child = self.children[told["died"]]
-                    child.code = told["code"]
-                    child.ended.set()
+        self.children: list[Child] = []
 
     def start(self, flags: Sequence[str], *, faults: dict[str, Any] | None = None,
               **env: str) -> Child:  # fmt: skip
-        """Start ``distcv.train`` with these flags, as the leader of a process group of its own.
+        """Start ``distcv.train`` with these flags.
 
-        ``faults`` is for ``worker.py``. What it prints goes to a file.
+        ``faults`` is for ``worker.py``.
         """
-        assert self.process.stdin is not None
-        with self.lock:
-            log = self.folder / f"log-{len(self.children)}"
-            env = env | {"FAULTS": json.dumps(faults or {})}
-            order = {"flags": list(flags), "env": env, "log": str(log)}
-            self.process.stdin.write(json.dumps(order) + "\n")
-            self.process.stdin.flush()
-            with self.birth:
-                assert self.birth.wait_for(lambda: bool(self.born), 60), "nothing was started"
-                return self.children[self.born.pop()]
+        env = os.environ | ONE_THREAD | env | {"FAULTS": json.dumps(faults or {})}
+        child = Child(WORKER, flags, env, self.folder / f"log-{len(self.children)}")
+        self.children.append(child)
+        return child
 
     def run(self, flags: Sequence[str], *, seconds: float = 300, expect: int = 0,
             faults: dict[str, Any] | None = None, **env: str) -> str:  # fmt: skip
@@ -141,24 +108,18 @@ class Nursery:
         return child.said()
 
     def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        for child in self.children.values():
+        """End all of them."""
+        for child in self.children:
             if child.code is None:
                 child.kill_group()
-        self.process.stdin.close()
-        self.process.wait(30)
-        self.listener.join()
-        self.process.stdout.close()
+            child.wait(30)
 
 
 @contextlib.contextmanager
 def nursery(folder: Path) -> Iterator[Nursery]:
     """A nursery that ends, with all of its children, with the block."""
-    one = Nursery(folder)
-    try:
+    with contextlib.closing(Nursery(folder)) as one:
         yield one
-    finally:
-        one.close()
 
 
 def group_env(processes: int, port: int) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ class Mutant(NamedTuple):
 
 
 CALLS, BYTES, FOLDERS = "kills.system_calls", "damage.changed_bytes", "damage.odd_folders"
+SKIPS, THREE = "nonfinite.skips", "nonfinite.three"
 MUTANTS = (
     Mutant(
         "fsync of a file's bytes",
@@ -75,6 +76,24 @@ MUTANTS = (
         "saving.py", "        self.folder.sync_rows()\n", "", CALLS,
     ),
     Mutant(
+        "the deletion of what a killed save has left",
+        "checkpoint.py",
+        "            shutil.rmtree(path, ignore_errors=True)\n",
+        "            pass\n", CALLS,
+    ),
+    Mutant(
+        "fsync of a folder before leftovers are deleted",
+        "checkpoint.py",
+        "        sync(folder)\n        _clear(folder)\n",
+        "        _clear(folder)\n", CALLS,
+    ),
+    Mutant(
+        "fsync of the rows",
+        "run_folder.py",
+        "        self._write_rows()\n        sync(self.metrics)\n",
+        "        self._write_rows()\n", CALLS,
+    ),
+    Mutant(
         "the check of SHA-256 sums",
         "checkpoint.py",
         '            if _sha256(path / name) != entry["sha256"]:\n',
@@ -108,6 +127,137 @@ MUTANTS = (
         "runtime/__init__.py",
         "            dist.all_reduce(found, dist.ReduceOp.MAX)\n",
         "            pass\n", "nonfinite.skips",
+    ),
+    Mutant(
+        "the refusal of rows that are no rows",
+        "run_folder.py",
+        "        except (ValueError, KeyError, TypeError, RecursionError) as error:\n",
+        "        except (KeyError, RecursionError) as error:\n", "damage.run_folder_files",
+    ),
+    Mutant(
+        "NaN in the loss of all processes where one has it",
+        "runtime/__init__.py",
+        "        return loss_sum * (loss_sum.detach() * 0 + share)\n",
+        "        return loss_sum * share\n", SKIPS,
+    ),
+    Mutant(
+        "the word to a fused optimizer that a gradient is not finite",
+        "runtime/strategies.py",
+        "        self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]\n",
+        "        self.optimizer.found_inf = None  # type: ignore[attr-defined]\n", SKIPS,
+    ),
+    Mutant(
+        "BatchNorm's statistics put back after a skipped step",
+        "loop.py",
+        "        kept.put_back_if(skips[-1].bool())\n",
+        "        pass\n", SKIPS,
+    ),
+    Mutant(
+        "an average of weights that leaves out skipped steps",
+        "optim.py",
+        " * (1 - skipped)\n",
+        "\n", SKIPS,
+    ),
+    Mutant(
+        "weights and moments put back after a skipped step",
+        "optim.py",
+        "            before.put_back_if(self.found_inf.bool())\n",
+        "            pass\n", SKIPS,
+    ),
+    Mutant(
+        "the third skipped step in a row",
+        "training.py",
+        "self.skipped_in_a_row >= SKIPS\n",
+        "self.skipped_in_a_row > SKIPS\n", THREE,
+    ),
+    Mutant(
+        "the lower learning rate after a rollback",
+        "loop.py",
+        "        lr *= progress.lr_factor\n",
+        "        pass\n", THREE,
+    ),
+    Mutant(
+        "rows cut off at a rollback",
+        "saving.py",
+        "        runtime.on_main(lambda: folder.cut_metrics(before.step))\n",
+        "        pass\n", THREE,
+    ),
+    Mutant(
+        "the look at whether the launcher lives",
+        "preempt.py",
+        "        return self.signalled or self.orphaned() or any(",
+        "        return self.signalled or any(", "stops",
+    ),
+    Mutant(
+        "a second signal left unheard while it saves",
+        "preempt.py",
+        "self.signalled and not self.saving and self.launcher is None\n",
+        "self.signalled and self.launcher is None\n", "stops",
+    ),
+    Mutant(
+        "the agreement to stop in an evaluation",
+        "loop.py",
+        'if stop and runtime.device.type == "cpu" and stop_agreed(runtime, stop):\n',
+        "if False:\n", "stops",
+    ),
+    Mutant(
+        "the agreement of all processes to stop",
+        "loop.py",
+        "        if stops:\n",
+        "        if stop.pending():\n", "stops",
+    ),
+    Mutant(
+        "each process's own statistics of BatchNorm",
+        "training.py",
+        "                if len(each) == runtime.processes:\n",
+        "                if False:\n", "stops",
+    ),
+    Mutant(
+        "the patience of the heartbeat",
+        "runtime/heartbeat.py",
+        "        if silent <= self.timeout or peer.left:\n",
+        "        if True:\n", "ranks",
+    ),
+    Mutant(
+        "the word on the rank that was lost",
+        "runtime/__init__.py",
+        "if self.heartbeat is None or not _is_lost_connection(error):\n", "if True:\n", "ranks",
+    ),
+    Mutant(
+        "the place in the epoch at which a run goes on",
+        "loop.py",
+        "    training.batches.seek(progress.step)\n",
+        "    training.batches.seek(0)\n", "resumes",
+    ),
+    Mutant(
+        "random numbers that are a step's own",
+        "loop.py",
+        "            runtime.seed_step(progress.step, part)\n",
+        "            pass\n", "resumes",
+    ),
+    Mutant(
+        "the kernel's lock on a run folder",
+        "lease.py",
+        "            self.lock.acquire(timeout=wait)\n",
+        "            pass\n", "two_jobs",
+    ),
+    Mutant(
+        "the look at the lease before anything is written",
+        "lease.py",
+        "                self._compare(self._read())\n",
+        "                pass\n", "two_jobs",
+    ),
+    Mutant(
+        "the barrier before the processes part",
+        "runtime/__init__.py",
+        "            dist.barrier()\n",
+        "", "stops",
+    ),
+    Mutant(
+        "the broadcast by which all wait for a save",
+        "runtime/__init__.py",
+        "        value, failed = self.from_main((value, refused is not None))\n",
+        "        failed = False\n", "kills.instants",
     ),
 )  # fmt: skip
 

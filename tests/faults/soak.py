@@ -69,7 +69,7 @@ class Soak:
         frozen = self.draw.random() < 0.3  # for a second, on the way
         # Mostly short lives; some are long enough to see whether memory grows.
         until = self.draw.choice([4, 8, 16, self.place.many(90, 12)]) * (0.5 + self.draw.random())
-        while time.monotonic() - began < until and any(not c.ended.wait(0.25) for c in children):
+        while time.monotonic() - began < until and any(not c.ended(0.25) for c in children):
             if frozen and time.monotonic() - began > until / 2:
                 frozen = False
                 self.events["freeze and go on"] += 1
@@ -129,10 +129,8 @@ def disturbed_runs(place: Place, nurse: Nursery) -> Outcome:
             used.append(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20)
             shutil.rmtree(folder)
             shutil.rmtree(place.folder / "ids" / name)
-    for child in nurse.children.values():
-        child.kill_group()  # of a run that was under way
-        child.ended.wait(30)
-    left = _left(set(nurse.children))
+    nurse.close()  # a run may be under way
+    left = _left({child.pid for child in nurse.children})
     faults = sum(soak.events.values())
     return Outcome(
         "stops, kills and freezes in runs that end exact",
@@ -161,7 +159,7 @@ def steady(place: Place, nurse: Nursery) -> list[Outcome]:
     ])  # fmt: skip
     metrics, process = place.folder / "runs/steady/metrics.jsonl", psutil.Process(child.pid)
     memory, files = [0.0] * (epochs + 1), [0] * (epochs + 1)
-    while not child.ended.wait(0.1):
+    while not child.ended(0.1):
         with contextlib.suppress(psutil.Error, OSError):
             epoch = metrics.read_text().count('"event": "epoch"')
             held = process.memory_info()

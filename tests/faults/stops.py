@@ -37,17 +37,16 @@ STEPS = 24
 STOPS_AFTER = {"init": 0, "evaluation": STEPS, "last": STEPS}
 HOLD = 1.0, 4.0  # seconds to linger in a phase; the second where it takes scancel to send a signal
 PATIENCE = 120.0  # seconds until the launcher has ended, and then the last of its processes
-PYTHON = [sys.executable, str(WORKER)]
 LAUNCHERS = {
-    "python": PYTHON,
+    "python": [sys.executable, "-m", WORKER],
     "torchrun": [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(WORKER),
+        "-m", WORKER,
     ],
-    "accelerate launch": [*launched(2), str(WORKER)],
+    "accelerate launch": launched(2, "-m", WORKER),
     "srun": [
         "srun", "--nodes=2", "--ntasks-per-node=1", str(ROOT / "launch/multinode.sh"),
-        "--config", "launch/cpu.yaml", "--processes-per-node", "1", "--module", WORKER.stem, "--",
+        "--config", "launch/cpu.yaml", "--processes-per-node", "1", "--module", WORKER, "--",
     ],
 }  # fmt: skip
 # The run's own exit code is 75. It comes through srun, as launch/multinode.sh sees to it. Torchrun,
@@ -99,7 +98,7 @@ class Asked:
         hooks = small.hooks(self.name, mark=str(self.mark), hold={cell.phase: hold})
         self.env = cluster.environment if cluster else dict(os.environ)
         # Modules of their own launcher's find the worker; the package is the one that is tested.
-        found = [str(Path(distcv.__file__).parents[1]), str(WORKER.parent)]
+        found = [str(Path(distcv.__file__).parents[1]), str(ROOT / "tests")]
         self.env |= {
             "FAULTS": json.dumps(hooks), "PYTHONPATH": os.pathsep.join(found),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -99,7 +99,7 @@ def held(small: Small, name: str, phase: str, *hosts: str) -> Child:
     mark = small.place.folder / f"{name}.mark"
     hooks = on(*hosts) if hosts else {}
     [child] = small.start(name, mark=str(mark), hold={phase: FOREVER}, **hooks)
-    wait_for_phase(mark, phase, child.ended.is_set)
+    wait_for_phase(mark, phase, child.ended)
     return child
 
 
@@ -218,9 +218,9 @@ def frozen_in(small: Small, name: str, phase: str) -> Child:
     hold = {"training": 0.0, phase: 1.0}
     [child] = small.start(name, mark=str(mark), hold=hold, **on("a"))
     if phase == "training":
-        small.wait_for_step(name, 5, child.ended.is_set)
+        small.wait_for_step(name, 5, child.ended)
     else:
-        wait_for_phase(mark, phase, child.ended.is_set)
+        wait_for_phase(mark, phase, child.ended)
     child.kill(signal.SIGSTOP)
     return child
 

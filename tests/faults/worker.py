@@ -1,4 +1,4 @@
-"""``distcv.train`` as it is, with hooks for the fault suites: ``python worker.py FLAGS``.
+"""``distcv.train`` as it is, with hooks for the fault suites: ``python -m faults.worker FLAGS``.
 
 The variable FAULTS holds a JSON object; each key is a hook:
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spoil import spoil, without
+from faults.spoil import spoil, without
 
 
 def main(flags: list[str]) -> None:
