@@ -77,12 +77,10 @@ def main() -> int:
             if arguments.mutants:
                 rows = []
                 for mutant in MUTANTS:
-                    killed = try_mutant(mutant, data_dir)
-                    print(f"without {mutant.without}: {'noticed' if killed else 'NOT noticed'}")
-                    rows.append(
-                        {"without": mutant.without, "suite": mutant.suite, "killed": killed}
-                    )
-                    failed |= not killed
+                    found = try_mutant(mutant, data_dir)
+                    print(f"without {mutant.without}: {found or 'NOT NOTICED'}", flush=True)
+                    rows.append({"without": mutant.without, "suite": mutant.suite, "found": found})
+                    failed |= found is None
                 write("mutants", mutants=rows)
     if not arguments.small:
         PAGE.write_text(page())

@@ -82,7 +82,7 @@ def fuzzed(place: Place) -> list[Outcome]:
     """Inputs made by a fuzzer: each is read, or refused by the error that is documented."""
     for name, seeds in corpus(place.folder / "made").items():
         write(place.folder / name / "corpus", {str(i): seed for i, seed in enumerate(seeds)})
-    runs, seconds = place.many(200_000, 100_000), place.many(60, 2)
+    runs, seconds = place.many(200_000, 100_000), place.many(60, 1)
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda name: fuzz(place.folder, name, runs, seconds), READERS))
 

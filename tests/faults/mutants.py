@@ -262,8 +262,8 @@ MUTANTS = (
 )  # fmt: skip
 
 
-def try_mutant(mutant: Mutant, data_dir: Path) -> bool:
-    """Whether the small suite fails on the mutated program."""
+def try_mutant(mutant: Mutant, data_dir: Path) -> str | None:
+    """The first thing that the small suite finds wrong with the mutated program, if it does."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
         source = Path(scratch) / "src"
         shutil.copytree(SOURCE, source)
@@ -280,4 +280,8 @@ def try_mutant(mutant: Mutant, data_dir: Path) -> bool:
             text=True,
             timeout=900,
         )
-    return ran.returncode == 1
+    if ran.returncode == 0:
+        return None
+    return next(
+        (line for line in ran.stdout.splitlines() if line.startswith("  ")), ran.stderr[-300:]
+    )

@@ -61,8 +61,8 @@ def _mutants() -> list[str]:
         return [MUTANTS_HEAD, "Not measured yet."]
     rows = ["| taken out | suite | noticed |", "|---|---|---|"]
     for one in held["mutants"]:
-        rows.append(f"| {one['without']} | `{one['suite']}` | {'yes' if one['killed'] else 'NO'} |")
-    killed = sum(one["killed"] for one in held["mutants"])
+        rows.append(f"| {one['without']} | `{one['suite']}` | {'yes' if one['found'] else 'NO'} |")
+    killed = sum(one["found"] is not None for one in held["mutants"])
     rows += ["", f"Noticed: {killed} of {len(held['mutants'])}.", "", _measured("mutants", held)]
     return [MUTANTS_HEAD, *rows]
 

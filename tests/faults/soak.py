@@ -15,7 +15,7 @@ import psutil
 from faults.core import Child, Nursery, Outcome, Place, exact, free_port, group_env, nursery
 
 TITLE = "A soak: started, stopped, killed and resumed at random"
-SECONDS = 2 * 3600, 40  # of the whole suite, and in CI
+SECONDS = 2 * 3600, 20  # of the whole suite, and in CI
 GROWTH = 0.2  # MiB an epoch that memory may seem to grow
 STOPS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 KILLS = ["kill all", "kill one"]
