@@ -97,6 +97,7 @@ def _cell(text: str) -> str:
 
 def _measured(name: str, held: dict[str, Any]) -> str:
     took = f"{held['seconds']:,.0f} s, " if "seconds" in held else ""
-    machine = f"{held['cores']} cores of {held['cpu']}, torch {held['versions']['torch']}"
+    cores = f"{held['cores']} core{'s' * (held['cores'] > 1)}"
+    machine = f"{cores} of {held['cpu']}, torch {held['versions']['torch']}"
     commit = held["commit"][:12] + held["commit"][40:]
     return f"[{name}.json](../results/faults/{name}.json): {took}{machine}, commit {commit}.\n"

@@ -209,13 +209,13 @@ def ask_all(cells: list[Cell], fault: str, small: Small, cluster: Cluster | None
     grid: dict[str, dict[str, str]] = {}
     failures = []
     for cell in cells:
-        row = grid.setdefault(f"{cell.launcher}, {cell.way}", {})
+        code = str(CODES[cell.launcher][cell.way])
+        row = grid.setdefault(f"{cell.launcher}, {cell.way}", {"launcher's exit code": code})
         try:
             row[cell.phase] = Asked(cell, small, cluster).check()
         except (AssertionError, OSError) as error:
             row[cell.phase] = "FAILED"
             failures.append(f"{cell}: {error}")
-        row["launcher's exit code"] = str(CODES[cell.launcher][cell.way])
     return Outcome(
         fault,
         tried=len(cells),
