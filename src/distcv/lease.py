@@ -204,5 +204,7 @@ def _record(seen: bytes | None) -> dict[str, Any]:
 
 
 def _who(seen: bytes | None) -> str:
-    record = _record(seen)
-    return f" (host {record.get('host')}, process {record.get('pid')})" if record else ""
+    match _record(seen):
+        case {"host": str(host), "pid": int(pid)}:
+            return f" (host {host}, process {pid})"
+    return ""
