@@ -51,12 +51,14 @@ def worst_mistakes(group: Group, name: str, images: Images) -> Block:
     if not listed:
         return Text(f"{group.label}: no finished run lists its mistakes; newer versions do.")
     record = listed[0]
-    mistakes = record.result["mistakes"][:MOST_MISTAKES]
-    if not mistakes:
+    if not record.result["mistakes"]:
         return Text(f"{record.name}: not one mistake.")
     data = images.of(record)
     if isinstance(data, str):
         return Text(data)
+    mistakes = _mistakes(record, data)
+    if not mistakes:
+        return Text(f"{record.name}: no mistake in a test image of {record.run.recipe.dataset}.")
     classes = data.info.classes
     pictures, sheet = [], []
     for mistake in mistakes:
@@ -78,6 +80,15 @@ def worst_mistakes(group: Group, name: str, images: Images) -> Block:
         f"{picture.lines[0]} ({picture.lines[1]})" for picture in pictures
     )
     return Gallery(name, caption, alt, pictures, contact_sheet(sheet))
+
+
+def _mistakes(record: Record, data: "ImageData") -> list[dict[str, Any]]:
+    """The most confident mistakes of a result, of those in images and classes that there are."""
+    images, classes = len(data.test_labels), len(data.info.classes)
+    return [
+        one for one in record.result.get("mistakes", [])
+        if one["sample"] < images and max(one["label"], one["predicted"]) < classes
+    ][:MOST_MISTAKES]  # fmt: skip
 
 
 def _shared(sample: int, listed: Sequence[Record]) -> str:
@@ -144,7 +155,7 @@ def _samples(record: Record, data: "ImageData", logits_of: Any) -> tuple[list[in
     """
     import torch
 
-    listed = [mistake["sample"] for mistake in record.result.get("mistakes", [])][:MOST_MISTAKES]
+    listed = [mistake["sample"] for mistake in _mistakes(record, data)]
     tried = list(dict.fromkeys([*listed, *range(min(SEARCHED, len(data.test_labels)))]))
     with torch.no_grad():
         guesses = logits_of(data.test_images[tried]).argmax(dim=1).cpu()

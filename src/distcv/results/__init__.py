@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+)
 
 from distcv.command_line import parse_arguments, printable, run_command
 from distcv.config import InputError, Recipe, Strict, load_recipe, validated
@@ -49,6 +56,15 @@ class Arguments(Strict):
     )
 
 
+class Mistake(BaseModel):
+    """A test image of another class than was predicted; see `evaluate`."""
+
+    sample: NonNegativeInt
+    label: NonNegativeInt
+    predicted: NonNegativeInt
+    confidence: FiniteFloat
+
+
 class Result(BaseModel):
     """What others rely on in a result.json, which may come from a stranger; see `make_result`."""
 
@@ -66,7 +82,7 @@ class Result(BaseModel):
     processes: int = 0
     class_accuracy: dict[str, float] = {}
     confusion: list[list[int]] = []
-    mistakes: list[dict[str, float]] = []
+    mistakes: list[Mistake] = []
     commit: str | None = None
     device: str = ""
     environment: dict[str, Any] = {}
