@@ -2,7 +2,7 @@
 
 Names of modules, or MODULE.FUNCTION, choose some. --small: as much as CI tries; writes to the
 terminal only. --mutants: takes one guard after the other out of the program, and sees whether the
-small suites notice. --report: writes docs/reliability.md anew from results/faults/. Ends with 1 if
+small suites notice; with names, the guards that these are to notice. --report: writes docs/reliability.md anew from results/faults/. Ends with 1 if
 a fault was not survived.
 """
 
@@ -25,7 +25,7 @@ from distcv.data.cache import load_arrays  # noqa: E402
 from distcv.environment import describe_environment  # noqa: E402
 from faults.core import Outcome, Place, survived  # noqa: E402
 from faults.mutants import MUTANTS, try_mutant  # noqa: E402
-from faults.page import PAGE, RESULTS, SUITES, page  # noqa: E402
+from faults.page import PAGE, RESULTS, SUITES, page, read  # noqa: E402
 
 
 def surroundings() -> dict[str, Any]:
@@ -51,6 +51,21 @@ def write(name: str, **contents: Any) -> None:
     file.write_text(json.dumps(contents | surroundings(), indent=1) + "\n")
 
 
+def try_mutants(suites: list[str], data_dir: Path) -> bool:
+    """Try those that these suites are to notice, or all; whether one was not noticed."""
+    before = {} if not suites else {row["without"]: row for row in read("mutants")["mutants"]}
+    rows = []
+    for mutant in MUTANTS:
+        if suites and mutant.suite not in suites:
+            rows.append(before[mutant.without])
+            continue
+        found = try_mutant(mutant, data_dir)
+        print(f"without {mutant.without}: {found or 'NOT NOTICED'}", flush=True)
+        rows.append({"without": mutant.without, "suite": mutant.suite, "found": found})
+    write("mutants", mutants=rows)
+    return any(row["found"] is None for row in rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="SUITE", help=", ".join(SUITES))
@@ -63,7 +78,7 @@ def main() -> int:
     if not arguments.report:
         load_arrays(DATASETS["mnist"], data_dir, print)
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
-            for name in arguments.names or ([] if arguments.mutants else SUITES):
+            for name in [] if arguments.mutants else arguments.names or SUITES:
                 began = time.monotonic()
                 outcomes = try_suite(name, Path(scratch), data_dir, whole=not arguments.small)
                 seconds = round(time.monotonic() - began, 1)
@@ -75,13 +90,7 @@ def main() -> int:
                     held = [asdict(one) for one in outcomes]
                     write(name, outcomes=held, seconds=seconds)
             if arguments.mutants:
-                rows = []
-                for mutant in MUTANTS:
-                    found = try_mutant(mutant, data_dir)
-                    print(f"without {mutant.without}: {found or 'NOT NOTICED'}", flush=True)
-                    rows.append({"without": mutant.without, "suite": mutant.suite, "found": found})
-                    failed |= found is None
-                write("mutants", mutants=rows)
+                failed |= try_mutants(arguments.names, data_dir)
     if not arguments.small:
         PAGE.write_text(page())
     return int(failed)

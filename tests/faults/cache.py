@@ -241,7 +241,7 @@ def trained(place: Place, data: Served) -> Outcome:
 
 def kills(place: Place) -> list[Outcome]:
     """Nothing goes wrong, or those that fetch are killed."""
-    data, (few, many) = small(place), (place.many(100, 2), place.many(100, 3))
+    data, (few, many) = small(place), (place.many(50, 2), place.many(50, 3))
     told = {"right", "killed"}
     return [
         trial(place, "8 processes at once", data, few, nothing, {"right"}),
@@ -252,7 +252,7 @@ def kills(place: Place) -> list[Outcome]:
 
 def wrong_bytes(place: Place) -> list[Outcome]:
     """What is served, or was kept, is not what it should be, or can't be kept."""
-    data, (few, many) = small(place), (place.many(100, 2), place.many(100, 3))
+    data, (few, many) = small(place), (place.many(50, 2), place.many(50, 3))
     told = {"right", "refused"}
     return [
         trial(place, "a changed byte in the cache", data, few, bad_cache, {"right"}),

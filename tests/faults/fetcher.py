@@ -34,16 +34,23 @@ def elsewhere(*_: object) -> Any:
     raise Absent("left out, so that nothing comes from outside this machine")
 
 
+def limit(size: int | None) -> None:
+    """Let files grow to so many bytes at most."""
+    soft = resource.RLIM_INFINITY if size is None else size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
+
+
 def load(order: Order) -> None:
     os.environ.update(DISTCV_MIRROR=order.mirror, PATH="/nonexistent")
     sources._from_home_site = elsewhere
     sources.MAX_DOWNLOAD = 1 << 24
-    if order.largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order.largest_file,) * 2)
+    limit(order.largest_file)
     said = os.open(order.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def report(line: str) -> None:
+        limit(None)
         os.write(said, line.encode() + b"\n")
+        limit(order.largest_file)
 
     time.sleep(max(0.0, order.start - time.time()))
     try:

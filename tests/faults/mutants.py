@@ -242,10 +242,10 @@ MUTANTS = (
         "            pass\n", "two_jobs",
     ),
     Mutant(
-        "the look at the lease before anything is written",
+        "the look at whether another has taken over",
         "lease.py",
-        "                self._compare(self._read())\n",
-        "                pass\n", "two_jobs",
+        '        if seen is None or _record(seen).get("token", self.token) != self.token:\n',
+        "        if False:\n", "two_jobs",
     ),
     Mutant(
         "the barrier before the processes part",

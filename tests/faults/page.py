@@ -39,7 +39,7 @@ def page() -> str:
 
 def _suite(name: str) -> list[str]:
     title = importlib.import_module(f"faults.{name}").TITLE
-    held = _read(name)
+    held = read(name)
     if held is None:
         return [f"## {title}\n", "Not measured yet.\n"]
     rows = ["| fault | tried | survived | lost | measured |", "|---|---|---|---|---|"]
@@ -56,7 +56,7 @@ def _suite(name: str) -> list[str]:
 
 
 def _mutants() -> list[str]:
-    held = _read("mutants")
+    held = read("mutants")
     if held is None:
         return [MUTANTS_HEAD, "Not measured yet."]
     rows = ["| taken out | suite | noticed |", "|---|---|---|"]
@@ -67,9 +67,10 @@ def _mutants() -> list[str]:
     return [MUTANTS_HEAD, *rows]
 
 
-def _read(name: str) -> dict[str, Any] | None:
+def read(name: str) -> Any:
+    """The results of a suite, or None if there are none."""
     file = RESULTS / f"{name}.json"
-    return dict(json.loads(file.read_text())) if file.exists() else None
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _grid(grid: dict[str, dict[str, str]]) -> list[str]:
