@@ -2,8 +2,8 @@
 
 Names of modules, or MODULE.FUNCTION, choose some. --small: as much as CI tries; writes to the
 terminal only. --mutants: takes one guard after the other out of the program, and sees whether the
-small suites notice; with names, the guards that these are to notice. --report: writes docs/reliability.md anew from results/faults/. Ends with 1 if
-a fault was not survived.
+small suites notice; with names, the guards that these are to notice. --report: writes
+docs/reliability.md anew from results/faults/. Ends with 1 if a fault was not survived.
 """
 
 import argparse
