@@ -54,14 +54,15 @@ def write(name: str, **contents: Any) -> None:
 def try_mutants(suites: list[str], data_dir: Path) -> bool:
     """Try those that these suites are to notice, or all; whether one was not noticed."""
     before = {} if not suites else {row["without"]: row for row in read("mutants")["mutants"]}
-    rows = []
+    rows, commit = [], surroundings()["commit"]
     for mutant in MUTANTS:
         if suites and mutant.suite not in suites:
             rows.append(before[mutant.without])
             continue
         found = try_mutant(mutant, data_dir)
         print(f"without {mutant.without}: {found or 'NOT NOTICED'}", flush=True)
-        rows.append({"without": mutant.without, "suite": mutant.suite, "found": found})
+        row = {"without": mutant.without, "suite": mutant.suite, "found": found}
+        rows.append(row | {"commit": commit})
     write("mutants", mutants=rows)
     return any(row["found"] is None for row in rows)
 

@@ -129,7 +129,7 @@ MUTANTS = (
         "            pass\n", "nonfinite.skips",
     ),
     Mutant(
-        "the refusal of rows that are no rows",
+        "the refusal of a damaged environment.json",
         "run_folder.py",
         "        except (ValueError, KeyError, TypeError, RecursionError) as error:\n",
         "        except (KeyError, RecursionError) as error:\n", "damage.run_folder_files",
@@ -246,12 +246,6 @@ MUTANTS = (
         "lease.py",
         '        if seen is None or _record(seen).get("token", self.token) != self.token:\n',
         "        if False:\n", "two_jobs",
-    ),
-    Mutant(
-        "the barrier before the processes part",
-        "runtime/__init__.py",
-        "            dist.barrier()\n",
-        "", "stops",
     ),
     Mutant(
         "the broadcast by which all wait for a save",
