@@ -87,7 +87,7 @@ class Tracked:
     def __init__(self, place: Place, nurse: Nursery, patch: pytest.MonkeyPatch) -> None:
         self.place, self.nurse, self.patch = place, nurse, patch
         self.runs = Runs(place.folder / "runs", place.data_dir.resolve())
-        self.steps = place.many(936, 120)
+        self.steps = place.many(468, 120)
         self.own = {
             "HOME": str(place.folder / "home"), "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"
         }  # fmt: skip
@@ -174,7 +174,7 @@ def attempt(measured: Measured) -> Iterator[None]:
 
 def run(place: Place) -> list[Outcome]:
     outcomes = []
-    times = place.many(3, 1)
+    times = place.many(2, 1)
     faults = [Fault("nothing fails"), *ALL] if place.whole else SMALL
     with pytest.MonkeyPatch.context() as patch, nursery(place.folder / "nursery") as nurse:
         tracked = Tracked(place, nurse, patch)
