@@ -73,7 +73,11 @@ class Child(Forked):
             os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float) -> int:
-        assert self.ended(timeout), f"still running after {timeout} s:\n{self.said()}"
+        """Wait for its end; AssertionError, with what it was doing, if it doesn't come."""
+        if not self.ended(timeout):
+            self.kill(signal.SIGABRT)  # it tells the stack of each thread
+            self.ended(10)
+            raise AssertionError(f"still running after {timeout} s:\n{self.said()}")
         return super().wait(0)
 
     def said(self) -> str:

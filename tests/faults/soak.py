@@ -69,7 +69,10 @@ class Soak:
         frozen = self.draw.random() < 0.3  # for a second, on the way
         # Mostly short lives; some are long enough to see whether memory grows.
         until = self.draw.choice([4, 8, 16, self.place.many(90, 12)]) * (0.5 + self.draw.random())
-        while time.monotonic() - began < until and any(not c.ended(0.25) for c in children):
+        # Before they have joined it takes a launcher to end one whose peer is dead.
+        while (time.monotonic() - began < until or "run folder" not in children[0].said()) and any(
+            not child.ended(0.25) for child in children
+        ):
             if frozen and time.monotonic() - began > until / 2:
                 frozen = False
                 self.events["freeze and go on"] += 1

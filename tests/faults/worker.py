@@ -16,6 +16,7 @@ The variable FAULTS holds a JSON object; each key is a hook:
   training.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from faults.spoil import spoil, without
 
 def main(flags: list[str]) -> None:
     """Install the hooks, then train; leaves by SystemExit with the exit code."""
+    faulthandler.enable()
     faults = json.loads(os.environ.get("FAULTS", "{}"))
     import distcv.checkpoint
     import distcv.loop
