@@ -39,7 +39,7 @@ def test_the_own_loop_does_as_many_steps_as_it_is_told_at_least(own: OwnLoop) ->
 
 def test_the_own_loop_begins_again_at_the_end_of_its_recipe(own: OwnLoop) -> None:
     own.progress.step = own.training.total_steps - 1
-    images, _ = own.run(0.3)
+    images, _ = own.run(0, steps=3)
     assert 0 < own.progress.step < own.training.total_steps
     assert images == (own.progress.step + 1) * 128
 
