@@ -60,7 +60,7 @@ def explain(error: OSError) -> str:
     """One line: which file, what is wrong with it, the remedy."""
     remedy = "make room" if error.errno in NO_ROOM else "mend that"
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}: {remedy}, or choose another folder"
+    return f"{where}{error.strerror or error}: {remedy}, or choose another folder with --runs-dir"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from distcv.command_line import RunOptions
 from distcv.config import InputError, Recipe, check_same_recipe
-from distcv.durable import explain, make_folder, replace_file, set_aside, sync
+from distcv.durable import make_folder, replace_file, set_aside, sync
 from distcv.environment import describe_environment, slurm_job
 from distcv.lease import InUse, Lease
 from distcv.runtime import Runtime
@@ -45,10 +45,7 @@ class RunFolder:
         process's on another host.
         """
         self.say = say
-        try:
-            make_folder(self.checkpoints)
-        except OSError as error:
-            raise InputError(f"{explain(error)} with --runs-dir") from error
+        make_folder(self.checkpoints)
         try:
             # After a requeue, the processes of the job before may take a moment to end.
             job = slurm_job()

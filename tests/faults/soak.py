@@ -12,7 +12,17 @@ from collections import Counter
 
 import psutil
 
-from faults.core import Child, Nursery, Outcome, Place, exact, free_port, group_env, nursery
+from faults.core import (
+    Child,
+    Nursery,
+    Outcome,
+    Place,
+    exact,
+    free_port,
+    group_env,
+    nursery,
+    wait_until,
+)
 
 TITLE = "A soak: started, stopped, killed and resumed at random"
 SECONDS = 2 * 3600, 20  # of the whole suite, and in CI
@@ -69,10 +79,7 @@ class Soak:
         frozen = self.draw.random() < 0.3  # for a second, on the way
         # Mostly short lives; some are long enough to see whether memory grows.
         until = self.draw.choice([4, 8, 16, self.place.many(90, 12)]) * (0.5 + self.draw.random())
-        # Before they have joined it takes a launcher to end one whose peer is dead.
-        while (time.monotonic() - began < until or "run folder" not in children[0].said()) and any(
-            not child.ended(0.25) for child in children
-        ):
+        while time.monotonic() - began < until and any(not c.ended(0.25) for c in children):
             if frozen and time.monotonic() - began > until / 2:
                 frozen = False
                 self.events["freeze and go on"] += 1
@@ -80,6 +87,11 @@ class Soak:
                 one.kill(signal.SIGSTOP)
                 time.sleep(1)
                 one.kill(signal.SIGCONT)
+        # Before they have joined it takes a launcher to end one whose peer is dead.
+        wait_until(
+            lambda: "run folder" in children[0].said() or any(c.code is not None for c in children),
+            300, "start",
+        )  # fmt: skip
         if any(child.code is None for child in children):
             self.events[event] += 1
             self.disturb(event, name, children)

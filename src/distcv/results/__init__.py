@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    NonNegativeInt,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 
 from distcv.command_line import parse_arguments, printable, run_command
 from distcv.config import InputError, Recipe, Strict, load_recipe, validated
