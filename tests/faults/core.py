@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from forked import ONE_THREAD, Forked
+from runs import ranks
 
 from distcv import checkpoint
 
@@ -126,22 +126,11 @@ def nursery(folder: Path) -> Iterator[Nursery]:
         yield one
 
 
-def group_env(processes: int, port: int) -> list[dict[str, str]]:
-    """The environment of each of several processes on this machine, as a launcher would set it."""
-    return [
-        {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        }
-        for rank in range(processes)
-    ]  # fmt: skip
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 at which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+def group_env(processes: int) -> list[dict[str, str]]:
+    """What each process of a training on the CPU has in its environment; nothing if it is alone."""
+    if processes == 1:
+        return [{}]
+    return [one | {"ACCELERATE_USE_CPU": "true"} for one in ranks(processes)]
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,13 +68,10 @@ class Disk:
             "--log-every", "1", "--checkpoint-every", str(EVERY), "--name", "r",
             "--runs-dir", str(folder / "runs"), "--data-dir", str(self.place.data_dir),
         ]  # fmt: skip
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        envs = group_env(processes, port) if processes > 1 else [dict[str, str]()]
         ids = str(self.place.folder / "ids" / folder.name)
         return [
             self.nurse.start(flags, faults={"ids": ids, "still": still * (rank == 0)}, **env)
-            for rank, env in enumerate(envs)
+            for rank, env in enumerate(group_env(processes))
         ]
 
     def finish(self, folder: Path, processes: int) -> str:

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -78,11 +77,8 @@ class Killed:
             "--name", name, "--runs-dir", str(place.folder / f"runs-{self.processes}"),
             "--data-dir", str(place.data_dir),
         ]  # fmt: skip
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        envs = group_env(self.processes, port) if self.processes > 1 else [dict[str, str]()]
         faults = {"ids": str(self.ids(name))}
-        return [self.nurse.start(flags, faults=faults, **env) for env in envs]
+        return [self.nurse.start(flags, faults=faults, **env) for env in group_env(self.processes)]
 
     def run_folder(self, name: str) -> Path:
         return self.place.folder / f"runs-{self.processes}" / name

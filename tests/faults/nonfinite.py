@@ -15,7 +15,6 @@ from faults.core import (
     Nursery,
     Outcome,
     Place,
-    free_port,
     group_env,
     learned,
     nursery,
@@ -56,7 +55,7 @@ class Shape(NamedTuple):
     def env(self) -> list[dict[str, str]]:
         if self.ranks == 1:
             return [{}]
-        group = [one | STRATEGY[self.strategy] for one in group_env(self.ranks, free_port())]
+        group = [one | STRATEGY[self.strategy] for one in group_env(self.ranks)]
         if self.strategy.startswith("zero"):  # which Accelerate starts only if this is not said
             for one in group:
                 del one["ACCELERATE_USE_CPU"]

@@ -1,11 +1,11 @@
 """A training of a few seconds, of one process or several, which the suites on stops disturb."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.core import Child, Nursery, Place, exact, free_port, group_env, wait_until
+from faults.core import Child, Nursery, Place, exact, group_env, wait_until
 
 HANG_TIMEOUT = 4.0  # seconds
 BATCH = 32
@@ -39,10 +39,8 @@ class Small:
         return {"ids": str(self.ids(name)), **more}
 
     def start(self, name: str, processes: int = 1, **more: Any) -> list[Child]:
-        envs: Sequence[dict[str, str]] = [{}]
-        if processes > 1:
-            envs = group_env(processes, free_port())
         hooks = self.hooks(name, **more)
+        envs = group_env(processes)
         return [self.nurse.start(self.flags(name), faults=hooks, **env) for env in envs]
 
     def finish(self, name: str, processes: int = 1) -> str:

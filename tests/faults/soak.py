@@ -18,7 +18,6 @@ from faults.core import (
     Outcome,
     Place,
     exact,
-    free_port,
     group_env,
     nursery,
     wait_until,
@@ -52,9 +51,7 @@ class Soak:
 
     def start(self, name: str, processes: int) -> list[Child]:
         faults = {"ids": str(self.place.folder / "ids" / name)}
-        envs: list[dict[str, str]] = [{}]
-        if processes > 1:
-            envs = group_env(processes, free_port())
+        envs = group_env(processes)
         return [self.nurse.start(self.flags(name), faults=faults, **env) for env in envs]
 
     def digest(self, name: str) -> str:
