@@ -109,7 +109,7 @@ def test_a_stop_is_seen_between_two_rows(runs: Runs) -> None:
     command = stopped_in("lr_at", runs.folder / "between/STOP", call=30)
     process, peer = runs.group("between", 2, *flags, command=command)
     out, err = process.communicate(timeout=200)
-    peer.wait(timeout=60)
+    peer.communicate(timeout=60)
     assert process.returncode == peer.returncode == 75
     (step,) = re.findall(r"stopped after step (\d+)", out)
     assert 30 <= int(step) < 468, f"{out}{err}: only at an epoch's end"

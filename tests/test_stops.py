@@ -12,7 +12,7 @@ from faults.core import wait_until
 from runs import TRAIN, Runs
 
 from distcv import checkpoint
-from distcv.preempt import JOB_STOP_FILE, SIGNALS, STOPPED, StopRequest
+from distcv.preempt import JOB_STOP_FILE, SIGNALS, STOPPED, StopRequest, answered
 
 SHORT = ["--model", "gap", "--max-steps", "30", "--log-every", "10"]
 
@@ -67,20 +67,20 @@ def test_once_the_exit_code_is_settled_no_signal_changes_it(handlers: None, tmp_
     assert stop.answer(7) == STOPPED
     for number in SIGNALS * 2:
         signal.raise_signal(number)
-    assert (tmp_path / "STOP").read_text() == "stopped after step 7\n"
+    assert (tmp_path / "STOPPED").read_text() == "stopped after step 7\n"
 
 
-def test_an_answer_is_removed_and_a_request_is_kept(handlers: None, tmp_path: Path) -> None:
-    first, second, third = StopRequest(), StopRequest(), StopRequest()
-    (tmp_path / "STOP").touch()  # while the run starts
-    first.watch(tmp_path)
-    assert first.pending()
-    first.answer(7)
-    second.watch(tmp_path)
-    assert not second.pending() and not (tmp_path / "STOP").exists()
-    (tmp_path / "STOP").write_text("please")
-    third.watch(tmp_path)
-    assert third.pending()
+def test_each_request_is_answered_once(handlers: None, tmp_path: Path) -> None:
+    for asked in ("while the run starts", "between a stop and the next start"):
+        (tmp_path / "STOP").touch()
+        stop = StopRequest()
+        stop.watch(tmp_path)
+        assert stop.pending() and not answered(tmp_path), asked
+        stop.answer(7)
+        assert answered(tmp_path) and not (tmp_path / "STOP").exists()
+    stop = StopRequest()
+    stop.watch(tmp_path)
+    assert not stop.pending() and not list(tmp_path.iterdir())
 
 
 def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) -> None:
@@ -125,6 +125,6 @@ def test_a_stop_before_step_1_of_a_resumed_run_leaves_its_checkpoint_alone(runs:
     folder = runs.folder / "again/checkpoints"
     (step,) = checkpoint.steps(folder)
     before = (folder / f"step-{step:08d}").stat().st_ino
-    (runs.folder / "again/STOP").write_text("")  # there was the answer
+    (runs.folder / "again/STOP").touch()
     assert f"stopped after step {step};" in runs.run("again", *SHORT, expect=STOPPED)
     assert [path.stat().st_ino for path in folder.iterdir()] == [before]

@@ -11,9 +11,9 @@ from distcv.environment import launched
 
 STOPPED = 75  # exit code of a run that was stopped and can go on: EX_TEMPFAIL of sysexits.h
 NOT_SAVED = 74  # exit code of one that stopped since it couldn't be saved: EX_IOERR
-STOP_FILE = "STOP"
+STOP_FILE = "STOP"  # in the run folder: asks
+ANSWER_FILE = "STOPPED"  # there, and instead of it, from the answer to the next start
 JOB_STOP_FILE = "DISTCV_STOP_FILE"  # variable: a second file, by which a batch script asks
-ANSWER = "stopped after step"
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name)
@@ -32,7 +32,10 @@ class StopRequest:
         self.signalled = self.saving = False
         self.launcher = os.getppid() if launched() else None
         self.in_script = JOB_STOP_FILE in os.environ
-        self.files = [Path(os.environ[JOB_STOP_FILE])] if self.in_script else []
+        self.answers: dict[Path, Path] = {}  # of the files that ask: where each is answered
+        if self.in_script:
+            file = Path(os.environ[JOB_STOP_FILE])
+            self.answers[file] = file
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
@@ -47,9 +50,8 @@ class StopRequest:
 
         To be called on the main process, which holds the folder.
         """
-        if answered(run_dir):
-            (run_dir / STOP_FILE).unlink()
-        self.files.append(run_dir / STOP_FILE)
+        (run_dir / ANSWER_FILE).unlink(missing_ok=True)
+        self.answers[run_dir / STOP_FILE] = run_dir / ANSWER_FILE
 
     def pending(self) -> bool:
         """Whether a signal came, a file that asks to stop lies there, or the launcher is gone.
@@ -57,7 +59,7 @@ class StopRequest:
         SIGUSR2 ends torchrun, and SIGTERM an `accelerate launch` of one process, which leave their
         processes behind (torch 2.14, accelerate 1.15).
         """
-        return self.signalled or self.orphaned() or any(file.exists() for file in self.files)
+        return self.signalled or self.orphaned() or any(file.exists() for file in self.answers)
 
     def orphaned(self) -> bool:
         """Whether a launcher has started this process, and is gone."""
@@ -76,13 +78,15 @@ class StopRequest:
         """Say in the files that the run has stopped; the exit code with which to leave.
 
         It is 75, but 0 where a launcher would take that for a failure and a script reads the file:
-        ``launch/multinode.sh`` then leaves with 75. Without such a script, the file in the run
+        ``launch/multinode.sh`` then leaves with 75. Without such a script, the answer in the run
         folder keeps a launcher's restart from undoing the stop.
         """
         self.ignore()
         try:
-            for file in self.files:
-                file.write_text(f"{ANSWER} {step}\n")
+            for asked, answer in self.answers.items():
+                answer.write_text(f"stopped after step {step}\n")
+                if answer != asked:
+                    asked.unlink(missing_ok=True)
         except OSError:
             return STOPPED  # the script can't read of it
         return 0 if self.in_script and launched() else STOPPED
@@ -94,6 +98,5 @@ class StopRequest:
 
 
 def answered(run_dir: Path) -> bool:
-    """Whether the run's last start was stopped, and no one has asked for a stop since."""
-    file = run_dir / STOP_FILE
-    return file.exists() and file.read_text().startswith(ANSWER)
+    """Whether the run's last start was stopped."""
+    return (run_dir / ANSWER_FILE).exists()

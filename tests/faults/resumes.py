@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 from distcv import checkpoint
-from faults.core import Outcome, Place, nursery, sample_ids, wait_until
+from faults.core import Outcome, Place, nursery, sample_ids
 from faults.small import BATCH, EPOCH, Small
 
 TITLE = "Resumed at random steps"
@@ -13,12 +13,10 @@ HOW = ["SIGKILL", "stop file"]
 
 def interrupt(small: Small, name: str, how: str, step: int, processes: int = 1) -> None:
     """One start, which ends after this step or soon after: the next one resumes there."""
-    children, stop = small.start(name, processes), small.folder(name) / "STOP"
+    children = small.start(name, processes)
     small.wait_for_step(name, step, lambda: any(child.code is not None for child in children))
     if how == "stop file":
-        # The step may be one of the start before, whose answer is to be gone first.
-        wait_until(lambda: not stop.exists(), 60, "start")
-        stop.touch()
+        (small.folder(name) / "STOP").touch()
     else:
         for child in children:
             child.kill_group()

@@ -159,10 +159,12 @@ class Asked:
             # The launcher died, and with it the store by which its processes would have joined.
             assert not folder.exists(), "they can't have joined"
             return "nothing to save"
-        stop = folder / "STOP"
-        text = stop.read_text() if stop.exists() else ""
-        answer = re.fullmatch(r"stopped after step (\d+)\n", text)
-        assert answer, f"no answer in STOP: {self.said()}"
+        told = folder / "STOPPED"
+        answer = re.fullmatch(
+            r"stopped after step (\d+)\n", told.read_text() if told.exists() else ""
+        )
+        assert answer, f"no answer in STOPPED: {self.said()}"
+        assert not (folder / "STOP").exists(), "it would be stopped once more"
         assert not (folder / "result.json").exists(), "it was asked to stop, and finished"
         step, held = int(answer[1]), checkpoint.steps(folder / "checkpoints")
         expected = STOPS_AFTER.get(self.cell.phase, step)
