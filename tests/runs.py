@@ -48,16 +48,20 @@ def launched(processes: int, *options: str, file: str = "cpu") -> list[str]:
     return [*launcher, *config, str(processes), *options]
 
 
+def free_port() -> str:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def ranks(processes: int) -> list[dict[str, str]]:
     """What a launcher adds to the environment of each of several processes on this machine.
 
     Tests that are not about launchers do without one, whose start costs as much again.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         world | head | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)
     ]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import Serve
-from runs import ONE_THREAD, ROOT, launched
+from runs import ONE_THREAD, ROOT, free_port, launched
 from wandb_server import ENTITY, KEY, WandbServer
 
 from distcv.doctor import Arguments, Finding, Line, Look, findings, lines_of, machine, places, slurm
@@ -61,10 +61,7 @@ def ask(*flags: str, command: list[str] = DOCTOR, cwd: Path = ROOT, **env: str) 
 
 def together(script: Path, folders: list[Path], *flags: str, **env: str) -> list[Answer]:
     """Start `script` in each of the folders, as a process of its own host `a`, `b` and so on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(folders))}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(len(folders))}
     started = [
         subprocess.Popen(
             [sys.executable, str(script), *flags], cwd=folder, text=True,

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT, Process, Runs, launched, stopped_in
+from runs import ROOT, Process, Runs, launched, ranks, stopped_in
+
+from distcv.config import InputError
+from distcv.runtime.launch import join
 
 FLAGS = [
     "--model", "gap", "--max-steps", "90", "--log-every", "5", "--checkpoint-every", "20",
@@ -125,6 +129,18 @@ def test_a_launcher_that_starts_fewer_processes_is_found_out(runs: Runs, tmp_pat
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "error: accelerate launch was asked for 2 processes and started 1" in err
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_a_process_that_never_comes_is_not_waited_for_without_end(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ranks(2)[rank].items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"the 2 processes .* did not meet: .*[Tt]imed out"):
+        join(timedelta(seconds=2))
+    assert time.monotonic() - began < 20
 
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
+from runs import free_port
 
 from distcv.runtime.heartbeat import Heartbeat, own_store
 
@@ -55,7 +56,7 @@ def plain(folder: Path, scenarios: list[str]) -> None:
     """Start worlds of two without a launcher; forked, so that torch is imported only once."""
     names = {}
     for scenario in scenarios:
-        port = str(free_port())
+        port = free_port()
         for rank in "01":
             pid = os.fork()
             if pid == 0:
@@ -66,12 +67,6 @@ def plain(folder: Path, scenarios: list[str]) -> None:
     while names:
         pid, status = os.wait()
         (folder / names.pop(pid)).write_text(str(os.waitstatus_to_exitcode(status)))
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 class Worlds:
@@ -268,7 +263,7 @@ def test_a_broken_store_is_told_of_once_and_not_while_leaving() -> None:
 
 def test_each_attempt_has_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("MASTER_PORT", free_port())
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     first = own_store()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
-from runs import ROOT, Runs
+from runs import ROOT, Runs, free_port
 
 SCRIPT = str(ROOT / "launch/multinode.sh")
 BIN = str(Path(sys.executable).parent)
@@ -391,12 +390,6 @@ def test_a_signal_stops_the_training_and_the_exit_code_says_so(
 
 
 SECRET = "planted-5d1f0c"
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def files_with(secret: str, folder: Path) -> list[str]:

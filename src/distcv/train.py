@@ -65,7 +65,7 @@ def train(recipe: Recipe, options: RunOptions) -> int:
             hang_timeout=options.hang_timeout,
             node_metrics=options.node_metrics,
         )
-    except RuntimeError:  # it can't join the others
+    except (InputError, RuntimeError):  # it can't join the others
         if stop.orphaned():
             return STOPPED
         raise

@@ -140,18 +140,29 @@ def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:
 
 
 def join(timeout: timedelta) -> None:
-    """Join the processes of an elastic launcher, under keys of this attempt alone.
+    """Join the other processes, under keys of this attempt alone.
 
-    Its agent keeps a store over restarts, with the addresses of processes that are dead: the group
-    found them there and hung in 5 of 6 restarts (torch 2.15, gloo).
+    An elastic launcher's agent keeps a store over restarts, with the addresses of processes that
+    are dead: the group found them there and hung in 5 of 6 restarts (torch 2.15, gloo). Accelerate
+    1.15 would wait for a process that never comes for longer than it is told to.
+
+    Raises:
+        InputError: they have not all come in time.
     """
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:  # Accelerate joins them
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     current = torch.accelerator.current_accelerator()
     device = "cpu" if stay_on_cpu() or current is None else current.type
     # The agent, if it is gone, would be looked for as long as peers that start late are waited for.
     connect = CONNECT_TIMEOUT if agent_store() else timeout
-    store, rank, processes = next(rendezvous("env://", timeout=connect))
+    try:
+        store, rank, processes = next(rendezvous("env://", timeout=connect))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the {os.environ['WORLD_SIZE']} processes of this launch did not meet: "
+            f"{str(error).splitlines()[0]} Start all of them with the same MASTER_ADDR and "
+            "MASTER_PORT; distcv.doctor, started in their place, names those that are missing"
+        ) from error
     store.set_timeout(timeout)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
