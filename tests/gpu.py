@@ -43,6 +43,7 @@ class Size(NamedTuple):
     """What the steps are made of: everything on a GPU, or a little of everything on a CPU."""
 
     model: str
+    precision: str
     compiled: list[str]  # the flags of a compiled step; without them there is none
     epoch: list[str]
     bench: list[str]
@@ -54,7 +55,7 @@ class Size(NamedTuple):
 
 MNIST = [name for name, model in MODELS.items() if model.dataset == "mnist"]
 FULL = Size(
-    model="resnet18", compiled=["--compile"], epoch=["--epochs", "1"],
+    model="resnet18", precision="bf16", compiled=["--compile"], epoch=["--epochs", "1"],
     bench=["--seconds", "2", "--repeats", "3"],
     accuracies={target: flags for target, (flags, _) in ACCURACIES.items()},
     networks=MNIST,
@@ -62,7 +63,7 @@ FULL = Size(
     strategies=["ddp", "fsdp2", "zero1", "zero2", "zero3"],
 )  # fmt: skip
 SMALL = Size(
-    model="gap", compiled=[], epoch=["--max-steps", "4"],
+    model="gap", precision="fp32", compiled=[], epoch=["--max-steps", "4"],
     bench=["--seconds", "0.2", "--repeats", "1"],
     accuracies={94: "--max-steps 4"},
     networks=["tiny_v3"], network=["--seconds", "0.2", "--repeats", "1"],
@@ -82,28 +83,29 @@ class Step(NamedTuple):
 def plan(size: Size) -> list[Step]:
     """All steps, in order of worth: of the whole trainings one of each, at the end the others."""
     train, bench = ([sys.executable, "-m", f"distcv.{name}"] for name in ("train", "bench"))
-    bf16 = ["--model", size.model, "--precision", "bf16"]
-    steps = [Step("train", [*train, *bf16, *size.epoch], 20)]
+    precision = ["--precision", size.precision]
+    common = ["--model", size.model, *precision]
+    steps = [Step("train", [*train, *common, *size.epoch], 20)]
     if size.compiled:
-        compiled = [*train, *bf16, *size.epoch, *size.compiled]
+        compiled = [*train, *common, *size.epoch, *size.compiled]
         steps.append(Step("train compiled, cold", compiled, 60))
         steps.append(Step("train compiled, warm", compiled, 25))
-        steps.append(Step("bench compiled", [*bench, *bf16, *size.bench, *size.compiled], 60))
-    steps.append(Step("bench", [*bench, *bf16, *size.bench], 60))
+        steps.append(Step("bench compiled", [*bench, *common, *size.bench, *size.compiled], 60))
+    steps.append(Step("bench", [*bench, *common, *size.bench], 60))
     whole = []
     for seed in range(SEEDS if size.compiled else 1):
         for target, flags in size.accuracies.items():
             own = f"{flags} --runs 1 --to-accuracy {target} --seed {seed}".split()
             epochs = int(own[1]) if own[0] == "--epochs" else 0
-            command = [*bench, *bf16, *size.compiled, *own]
+            command = [*bench, *common, *size.compiled, *own]
             whole.append(Step(f"{target} %, seed {seed}", command, 20, epochs))
     steps += whole[: len(size.accuracies)]
     for name in size.networks:
-        flags = ["--model", name, "--precision", "bf16", "--only-own", *size.network]
+        flags = ["--model", name, *precision, "--only-own", *size.network]
         steps.append(Step(f"network {name}", [*bench, *flags], 20))
     for file in size.strategies:
         launcher = launched(max(1, torch.cuda.device_count()), file=file)
-        command = [*launcher, "-m", "distcv.bench", *bf16, "--only-own", *size.bench]
+        command = [*launcher, "-m", "distcv.bench", *common, "--only-own", *size.bench]
         steps.append(Step(f"strategy {file}", command, 25))
     return steps + sorted(whole[len(size.accuracies) :], key=lambda step: step.name)
 

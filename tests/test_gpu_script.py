@@ -22,7 +22,7 @@ def test_the_gpu_measurements_are_ready_to_run(
     folders = ["--out", str(out), "--data-dir", str(data_dir)]
     ran = subprocess.run(
         [sys.executable, str(ROOT / "tests/gpu.py"), "--small", *folders],
-        capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300,
+        capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     record = json.loads(out.read_text())
