@@ -18,6 +18,7 @@ from distcv import checkpoint
 
 HERE = Path(__file__).resolve().parent
 WORKER = "faults.worker"  # the module that a training runs as
+TINY = ["--recipe", "gap", "--model", "tiny_v3"]  # the smallest network, by plain SGD
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,17 @@ from typing import NamedTuple
 from distcv import checkpoint
 from distcv.data.readers import one_line
 from distcv.preempt import NOT_SAVED
-from faults.core import Child, Nursery, Outcome, Place, exact, group_env, nursery, wait_until
+from faults.core import (
+    TINY,
+    Child,
+    Nursery,
+    Outcome,
+    Place,
+    exact,
+    group_env,
+    nursery,
+    wait_until,
+)
 from faults.small_disks import can_mount, full, limited, no_inodes, read_only, small_disk
 from faults.traced import missing, traced, wait_still
 
@@ -64,7 +74,7 @@ class Disk:
     def start(self, folder: Path, processes: int, still: str = "") -> list[Child]:
         """Start the training in ``folder``; its main process stops before ``still``."""
         flags = [
-            "--model", "tiny_v3", "--batch-size", "32", "--max-steps", str(STEPS),
+            *TINY, "--batch-size", "32", "--max-steps", str(STEPS),
             "--log-every", "1", "--checkpoint-every", str(EVERY), "--name", "r",
             "--runs-dir", str(folder / "runs"), "--data-dir", str(self.place.data_dir),
         ]  # fmt: skip

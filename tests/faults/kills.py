@@ -19,6 +19,7 @@ from distcv.config import InputError, load_recipe
 from distcv.data.readers import one_line
 from distcv.run_folder import RunFolder
 from faults.core import (
+    TINY,
     Child,
     Nursery,
     Outcome,
@@ -72,7 +73,7 @@ class Killed:
     def start(self, name: str) -> list[Child]:
         place = self.place
         flags = [
-            "--model", "tiny_v3", "--dropout", "0.1", "--ema-decay", "0.9", "--batch-size", "32",
+            *TINY, "--dropout", "0.1", "--ema-decay", "0.9", "--batch-size", "32",
             "--max-steps", str(self.steps), "--log-every", "1", "--checkpoint-every", str(EVERY),
             "--name", name, "--runs-dir", str(place.folder / f"runs-{self.processes}"),
             "--data-dir", str(place.data_dir),
@@ -234,7 +235,7 @@ def power_loss(place: Place, nurse: Nursery) -> Outcome:
     runs, mark = place.folder / "power", place.folder / "mark"
     runs.mkdir()
     flags = [
-        "--model", "tiny_v3", "--batch-size", "32", "--max-steps", "4", "--log-every", "1",
+        *TINY, "--batch-size", "32", "--max-steps", "4", "--log-every", "1",
         "--checkpoint-every", "1", "--name", "r", "--runs-dir", str(runs),
         "--data-dir", str(place.data_dir),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.core import Child, Nursery, Place, exact, group_env, wait_until
+from faults.core import TINY, Child, Nursery, Place, exact, group_env, wait_until
 
 HANG_TIMEOUT = 4.0  # seconds
 BATCH = 32
@@ -21,7 +21,7 @@ class Small:
 
     def flags(self, name: str) -> list[str]:
         return [
-            "--model", "tiny_v3", "--dataset", "synthetic", "--batch-size", str(BATCH),
+            *TINY, "--dataset", "synthetic", "--batch-size", str(BATCH),
             "--dropout", "0.1", "--ema-decay", "0.9", "--max-steps", str(self.steps),
             "--log-every", "1", "--checkpoint-every", "10", "--hang-timeout", str(HANG_TIMEOUT),
             "--name", name, "--runs-dir", str(self.place.folder / "runs"),

@@ -13,6 +13,7 @@ from collections import Counter
 import psutil
 
 from faults.core import (
+    TINY,
     Child,
     Nursery,
     Outcome,
@@ -43,7 +44,7 @@ class Soak:
     def flags(self, name: str) -> list[str]:
         steps = self.place.many(702, 60)
         return [
-            "--model", "tiny_v3", "--dropout", "0.1", "--ema-decay", "0.99", "--translate", "1",
+            *TINY, "--dropout", "0.1", "--ema-decay", "0.99", "--translate", "1",
             "--max-steps", str(steps), "--log-every", "10", "--checkpoint-every", "20",
             "--hang-timeout", "20", "--name", name, "--runs-dir", str(self.place.folder / "runs"),
             "--data-dir", str(self.place.data_dir),
@@ -165,7 +166,7 @@ def steady(place: Place, nurse: Nursery) -> list[Outcome]:
     """Memory and open files of one training, at their most in each of many epochs."""
     epochs = place.many(60, 6)
     child = nurse.start([
-        "--model", "tiny_v3", "--dataset", "synthetic", "--epochs", str(epochs),
+        *TINY, "--dataset", "synthetic", "--epochs", str(epochs),
         "--ema-decay", "0.9", "--dropout", "0.1", "--checkpoint-every", "20", "--name", "steady",
         "--runs-dir", str(place.folder / "runs"), "--data-dir", str(place.data_dir),
     ])  # fmt: skip
