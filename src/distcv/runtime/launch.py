@@ -130,7 +130,7 @@ def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:
         kwargs_handlers=[
             # Buffers are averaged when they are read, not broadcast in every step.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT, **backend),
+            InitProcessGroupKwargs(**backend),  # for one process; more have joined already
         ],
         **strategy.accelerator_options(),
     )
