@@ -296,7 +296,7 @@ def hardware(record: Callable[[str], Any]) -> str:
     if device != "cpu":
         return f"{processes} x {device}{spread}{strategy}" if processes > 1 else str(device)
     cores, threads = record("cores"), record("threads")
-    words = f"{record('cpu')}, {cores} cores"
+    words = f"{record('cpu')}, {cores} core{'s' * (cores != 1)}"
     if processes == 1 and threads not in (None, str(cores)):
         words += f", {threads} thread{'s' * (threads != '1')}"
     return f"{words}, {processes} processes{spread}{strategy}" if processes > 1 else words
