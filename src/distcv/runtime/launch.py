@@ -159,9 +159,9 @@ def join(timeout: timedelta) -> None:
         store, rank, processes = next(rendezvous("env://", timeout=connect))
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"the {os.environ['WORLD_SIZE']} processes of this launch did not meet: start all of them "
-            "with the same MASTER_ADDR and MASTER_PORT, or distcv.doctor in their place, which names "
-            f"those that are missing ({str(error).splitlines()[0]})"
+            f"the {os.environ['WORLD_SIZE']} processes of this launch did not meet: start all of "
+            "them with the same MASTER_ADDR and MASTER_PORT, or distcv.doctor in their place, "
+            f"which names those that are missing ({str(error).splitlines()[0]})"
         ) from error
     store.set_timeout(timeout)
     dist.init_process_group(
