@@ -8,7 +8,7 @@ from torch import nn
 
 from distcv.config import Recipe
 from distcv.models import build_model
-from distcv.optim import OPTIMIZERS, MovingAverage, lr_at, parameter_groups
+from distcv.optim import OPTIMIZERS, MovingAverage, lr_at, orthogonal, parameter_groups
 
 
 def rates(total: int = 60, per_epoch: int = 6, **fields: object) -> list[float]:
@@ -83,7 +83,7 @@ def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format() 
         weight = dict(model.named_parameters())[_hidden(model)]
         optimizer = OPTIMIZERS["muon"](model, recipe)
         torch.manual_seed(1)
-        # The iteration takes minutes for all of the network, and no weight knows of another.
+        # torch's iteration takes minutes for all of the network, and no weight knows of another.
         weight.grad = torch.randn(weight.shape).to(memory_format=memory_format)
         before = weight.detach().contiguous().flatten(1).clone()
         reference = nn.Parameter(before.clone())
@@ -93,12 +93,24 @@ def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format() 
         )
         optimizer.step()
         theirs.step()
-        # Newton and Schulz's iteration runs in bf16, where the order of columns matters a little.
+        # torch's iteration runs in bf16.
         moved, expected = (
             weight.detach().contiguous().flatten(1) - before,
             reference.detach() - before,
         )
         assert float((moved - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (50, 20), (8, 8)])
+def test_orthogonal_keeps_singular_vectors_and_evens_the_values(
+    shape: tuple[int, int],
+) -> None:
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(1, 5, min(shape))
+    made = u.T @ orthogonal(u @ torch.diag(values) @ v) @ v.T
+    assert float(made.diagonal().min()) > 0.65 and float(made.diagonal().max()) < 1.25
+    assert float((made - made.diagonal().diag()).abs().max()) < 1e-4
 
 
 def _hidden(model: nn.Module) -> str:

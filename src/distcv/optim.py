@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim._muon import muon
 from torch.optim.adamw import adamw as adamw_update
 
 from distcv.config import Recipe
@@ -96,8 +95,9 @@ class MuonAdamW(torch.optim.Optimizer):
     A convolution's weight (O, I, H, W) is the matrix (O, I·H·W). Updates of Muon are scaled to the
     root mean square of AdamW's, so that one learning rate serves both (Liu et al., "Muon is
     scalable for LLM training", 2025; K. Jordan, "Muon", 2024). A group's key ``muon`` says whose
-    it is. The two update rules are torch's own; its Muon class takes matrices only. A step for
-    which ``found_inf``, a float () on the device, is 1 changes nothing, as in torch's fused ones.
+    it is. AdamW's update is torch's own; its Muon takes matrices only, and is slow on CPUs. A step
+    for which ``found_inf``, a float () on the device, is 1 changes nothing, as in torch's fused
+    ones.
     """
 
     found_inf: Tensor | None = None
@@ -120,22 +120,17 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        gradients = [p.grad for p in params if p.grad is not None]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         before = Kept([*params, *buffers])
-        muon(
-            [_matrix(p) for p in params],
-            [_matrix(p.grad) for p in params if p.grad is not None],
-            [_matrix(buffer) for buffer in buffers],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            ns_coefficients=(3.4445, -4.7750, 2.0315),
-            ns_steps=5,
-            eps=1e-7,
-            adjust_lr_fn="match_rms_adamw",
-            has_complex=False,
-        )
+        lr, momentum = group["lr"], group["momentum"]
+        for weight, gradient, average in zip(
+            *(map(_matrix, tensors) for tensors in (params, gradients, buffers)), strict=True
+        ):
+            average.lerp_(gradient, 1 - momentum)
+            update = orthogonal(gradient.lerp(average, momentum) if group["nesterov"] else average)
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
         if self.found_inf is not None:
             before.put_back_if(self.found_inf.bool())
 
@@ -163,6 +158,23 @@ class MuonAdamW(torch.optim.Optimizer):
             maximize=False,
             found_inf=self.found_inf,
         )
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of a matrix (M, N), roughly: its singular values become 0.7 to 1.2.
+
+    Five steps of the quintic Newton-Schulz iteration of K. Jordan, "Muon" (2024). They run in bf16,
+    which is precise enough; on CPUs, many of which only emulate it, in fp32.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def _matrix(weight: Tensor) -> Tensor:
