@@ -37,14 +37,18 @@ class Curve(NamedTuple):
 # more.
 CURVES = {
     "gap": Curve(
-        "--model gap --epochs 6 --batch-size 128 --translate 2 --lr 0.01", 40, 5e-4
+        "--model gap --epochs 6 --batch-size 128 --translate 2 --rotate 0 --scale 0 --warmup 0.25 "
+        "--lr 0.01",
+        40,
+        5e-4,
     ),  # 9e-5; 2e-3
     "wide": Curve("--model wide --batch-size 32 --warmup 0", 6, 5e-6),  # 5e-7; 2e-5
     "resnet18": Curve(
         "--model resnet18 --batch-size 16 --epochs 1 --lr 0.01", 6, 1.5e-4
     ),  # 2e-5; 7e-5
     "tiny_v1": Curve(
-        "--model tiny_v1 --epochs 10 --warmup 0.2 --translate 2 --lr 0.01 --flip random "
+        "--model tiny_v1 --optimizer sgd --momentum 0.9 --weight-decay 1e-4 --epochs 10 "
+        "--warmup 0.2 --translate 2 --lr 0.01 --flip random "
         "--rotate 10 --scale 0.1 --shear 5 --cutout 6 --mixup 0.2 --ema-decay 0.9",
         40,
         5e-5,

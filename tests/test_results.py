@@ -17,7 +17,8 @@ from distcv.config import InputError, Recipe, load_recipe
 from distcv.results import differences, last_row, read_runs
 from distcv.results.listing import report
 
-GAP = json.loads((ROOT / "results/gap.json").read_text())[:5]
+FILE = json.loads((ROOT / "results/gap.json").read_text())
+GAP = [row | {"commit": FILE[0]["commit"]} for row in FILE[:5]]
 
 
 def make_run(folder: Path, recipe: Recipe, result: dict[str, Any] | None = None) -> Path:
@@ -221,6 +222,8 @@ def test_a_missing_folder_is_wrong_input_for_callers_too(tmp_path: Path) -> None
         {"mistakes": [{"sample": "x"}]},
         {"class_accuracy": 5},
         {"commit": ["\x1b[2J"]},
+        {"environment": {"versions": ["torch"]}},
+        {"versions": ["torch"]},
     ],
 )
 def test_a_result_of_another_form_is_skipped(damage: dict[str, Any], tmp_path: Path) -> None:

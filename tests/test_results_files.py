@@ -197,7 +197,9 @@ def test_our_recipe_is_set_against_the_document_s(measured: Path) -> None:
     gather(measured)
     page = (measured / "docs/results.md").read_text()
     assert "`gap` is 0.40 points above the document's recipe (95 % interval of the diff" in page
-    assert "lr 0.01 → 0.1, nesterov False → True" in page and "translate 0 → 1." in page
+    assert (
+        "lr 0.01 → 0.1, nesterov False → True" in page and "translate 0 → 1, rotate 0.0 → " in page
+    )
     theirs = "`gap_document`: 98.95 ± 0.07 % (n = 2; at the best epochs 98.95 ± 0.07), 0.04 points"
     assert f"{theirs} below the document's best epoch." in page
 
@@ -353,8 +355,8 @@ OVERFITTED = [curve((98.0, 98.5, 0.05), (99.9, 99.2, 0.02), (100.0, 99.1, 0.03))
         (
             SHIFTED,
             "no overfitting: train is 0.50 points below test (99.00 and 99.50 %), being measured "
-            "on images made harder by shifts; test loss ends at 0.0200, its lowest is 0.0200 "
-            "(epoch 2); the best epoch (epoch 2) of 2 is the last",
+            "on images made harder by shifts and rotations and zoom; test loss ends at 0.0200, its "
+            "lowest is 0.0200 (epoch 2); the best epoch (epoch 2) of 2 is the last",
         ),
     ],
 )

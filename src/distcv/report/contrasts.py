@@ -42,7 +42,7 @@ def environment_differences(groups: list[Group]) -> Table | Text:
 
 def _environment(record: Record) -> dict[str, str]:
     """Fields, versions and options of a run's last start that are known."""
-    options = record.environment("options") or {}
+    options = record.starts[-1].get("options", {}) if record.starts else {}
     versions = record.environment("versions") or {}
     found = {"commit": short_commit(record.environment("commit") or NONE)}
     found |= {name: _word(record.environment(name)) for name in FIELDS}

@@ -58,6 +58,25 @@ class Mistake(BaseModel):
     confidence: FiniteFloat
 
 
+class Start(BaseModel):
+    """What others rely on in a start that environment.json tells of; see `describe_environment`."""
+
+    model_config = ConfigDict(extra="allow")
+    time: Annotated[str, AfterValidator(datetime.fromisoformat)] = "2000-01-01"
+    commit: str | None = None
+    python: str = ""
+    distcv: str = ""
+    cpu: str = ""
+    device: str = ""
+    strategy: str = ""
+    threads: str | None = None
+    cores: int = 0
+    processes: int = 0
+    nodes: int = 0
+    versions: dict[str, str | None] = {}
+    options: dict[str, Any] = {}
+
+
 class Result(BaseModel):
     """What others rely on in a result.json, which may come from a stranger; see `make_result`."""
 
@@ -78,26 +97,8 @@ class Result(BaseModel):
     mistakes: list[Mistake] = []
     commit: str | None = None
     device: str = ""
-    environment: dict[str, Any] = {}
-
-
-class Start(BaseModel):
-    """What others rely on in a start that environment.json tells of; see `describe_environment`."""
-
-    model_config = ConfigDict(extra="allow")
-    time: Annotated[str, AfterValidator(datetime.fromisoformat)] = "2000-01-01"
-    commit: str | None = None
-    python: str = ""
-    distcv: str = ""
-    cpu: str = ""
-    device: str = ""
-    strategy: str = ""
-    threads: str | None = None
-    cores: int = 0
-    processes: int = 0
-    nodes: int = 0
+    environment: Start = Start()
     versions: dict[str, str | None] = {}
-    options: dict[str, Any] = {}
 
 
 class Run(NamedTuple):

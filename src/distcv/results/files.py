@@ -62,6 +62,12 @@ class Measured(NamedTuple):
         return " or ".join(dict.fromkeys(kinds))
 
     @property
+    def flags(self) -> str:
+        """The flags of some of the runs beside their recipe, as ` --compile`, or nothing."""
+        options = dict.fromkeys(name for r in self.results for name in r.get("options", []))
+        return "".join(f" --{name.replace('_', '-')}" for name in options)
+
+    @property
     def time(self) -> str:
         """Mean of training and evaluation, as `43 s`; a dash where the hardware wasn't the same."""
         if not self.results or " or " in self.hardware:

@@ -106,11 +106,9 @@ def command(measured: Measured, runs: int) -> str:
     seeds = " ".join(str(r["seed"]) for r in results)
     processes = max(r.get("processes", 1) for r in results)
     launch = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
-    options = dict.fromkeys(name for r in results for name in r.get("options", []))
-    flags = "".join(f" --{name.replace('_', '-')}" for name in options)
     return (
         f"for seed in {seeds}; do {launch} -m distcv.train --recipe {measured.name} --seed $seed "
-        f"--name {measured.name}-$seed{flags}; done\n"
+        f"--name {measured.name}-$seed{measured.flags}; done\n"
     )
 
 
