@@ -259,3 +259,15 @@ def test_starts_of_another_form_are_left_out(start: Any, tmp_path: Path) -> None
     assert results.read_starts(run) == [{"cores": 2}]
     (run / "environment.json").write_text(json.dumps({"starts": [{"cores": 2}, start]}))
     assert results.read_starts(run) == []
+
+
+def test_a_reader_that_has_gone_ends_the_command_without_a_word(tmp_path: Path) -> None:
+    make_gap_runs(tmp_path)
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, "-u", "-m", "distcv.results", str(tmp_path)],
+        stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, "")

@@ -7,10 +7,11 @@ import contextlib
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TextIO, TypeVar
 
 import tyro
 from pydantic import BaseModel, Field, field_validator
@@ -289,6 +290,13 @@ def printable(text: str) -> str:
     return "\n".join(f"{x[:1500]} … {x[-500:]}" if len(x) > 2003 else x for x in lines)
 
 
+def _unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader has gone, such as ``head``."""
+    pipe = select.poll()
+    pipe.register(stream, 0)  # asks for nothing: only errors are told
+    return bool(pipe.poll(0))
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
 
@@ -304,6 +312,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        if not _unread(sys.stdout):
+            raise
+        os._exit(141)  # as SIGPIPE ends other programs
     try:
         sys.stdout.flush()
         sys.stderr.flush()
