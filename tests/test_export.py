@@ -135,7 +135,7 @@ def test_the_card_states_what_was_measured(to: str, exported: dict[str, Path]) -
     for words in (
         "9,490 parameters, 7 convolutions and linear layers",
         "12.50 % of the 10,000 test images, with a loss of 2.2500: one run (n = 1, seed 0), after "
-        "2 of 4 epochs, without test-time augmentation.",
+        "2 of 8 epochs, without test-time augmentation.",
         "on 100 test images, one at a time and together, its predictions are the network's",
         f"- commit: {'c' * 40}",
         "Parameters: 9,490",
