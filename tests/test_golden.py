@@ -42,9 +42,18 @@ CURVES = {
         40,
         5e-4,
     ),  # 9e-5; 2e-3
-    "wide": Curve("--model wide --batch-size 32 --warmup 0", 6, 5e-6),  # 5e-7; 2e-5
+    "wide": Curve(
+        "--model wide --batch-size 32 --epochs 6 --warmup 0 --optimizer sgd --momentum 0.9 "
+        "--weight-decay 5e-4 --lr 0.02 --clip-norm 1 --translate 2 --rotate 0 --scale 0",
+        6,
+        5e-6,
+    ),  # 5e-7; 2e-5
     "resnet18": Curve(
-        "--model resnet18 --batch-size 16 --epochs 1 --lr 0.01", 6, 1.5e-4
+        "--model resnet18 --batch-size 16 --epochs 1 --optimizer sgd --momentum 0.9 "
+        "--weight-decay 5e-4 --lr 0.01 --warmup 0.2 --translate 4 --translate-mode reflect "
+        "--flip alternating --cutout 8 --label-smoothing 0.1",
+        6,
+        1.5e-4,
     ),  # 2e-5; 7e-5
     "tiny_v1": Curve(
         "--model tiny_v1 --optimizer sgd --momentum 0.9 --weight-decay 1e-4 --epochs 10 "

@@ -19,9 +19,15 @@ from runs import ROOT, STRATEGY, ranks
 
 PACKAGE = ROOT / "src/distcv"
 
-# Without BatchNorm, with everything that has a state; and with it, by SGD with momentum.
-PLAIN = "--model lighter --batch-size 65 --optimizer adamw --weight-decay 0.05 --ema-decay 0.9"
-NORMED = "--model gap --batch-size 64 --sync-bn"
+# Without BatchNorm, with everything that has a state; and with it, by SGD with momentum. What the
+# recipes say of these is given, too, since recipes go on changing: how far a rounding grows depends
+# on how far a network has come, and on its rate.
+PINNED = "--epochs 4 --warmup 0.25 --momentum 0.9 --translate 1 --rotate 0 --scale 0"
+PLAIN = (
+    "--model lighter --batch-size 65 --optimizer adamw --weight-decay 0.05 --ema-decay 0.9 "
+    f"--clip-norm 1 {PINNED}"
+)
+NORMED = f"--model gap --batch-size 64 --optimizer sgd --weight-decay 1e-4 --sync-bn {PINNED}"
 FLAGS = {"plain": PLAIN.split(), "normed": NORMED.split()}
 YOUNG = {"plain": ["--lr", "0.003"], "normed": ["--lr", "0.1", "--warmup", "0.1"]}
 LATER = {"plain": ["--lr", "0.0003", "--clip-norm", "0.5"], "normed": ["--lr", "0.0003"]}
@@ -163,29 +169,27 @@ def test_a_checkpoint_written_anywhere_resumes_anywhere(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "where"),
+    ("flags", "where", "tolerance"),
     [
-        *(("--precision fp16", where) for where in WRITERS[1:]),
-        ("--precision bf16 --compile", "fsdp2 x2"),
+        *(("--precision fp16", where, 1e-3) for where in WRITERS[1:]),  # 8e-5
+        ("--precision bf16 --compile", "fsdp2 x2", 1e-2),  # 7e-4
     ],
 )
 def test_half_precision_and_compilation_work_everywhere(
-    flags: str, where: str, trajectories: Trajectories
+    flags: str, where: str, tolerance: float, trajectories: Trajectories
 ) -> None:
-    """Bfloat16 has 8 bits: a rounding that falls the other way is seen in the third digit.
-
-    Over eight steps it grew to 1.3 % (fp16 under ZeRO, which differs from machine to machine).
-    """
+    """Beside each, how far eight steps parted: bfloat16 has 8 bits, float16 11."""
     one, other = (trajectories.brief(place, flags) for place in ("single", where))
     assert not other["differing"]
-    assert other["losses"] == pytest.approx(one["losses"], rel=3e-2)
-    # And the gradient is clipped by its own norm, not by that of the scaled one.
+    assert other["losses"] == pytest.approx(one["losses"], rel=tolerance)
+    # And the gradient is clipped by its own norm, not by that of the scaled one; the next losses
+    # and norms tell.
     full = trajectories.brief("single", "")
     for half in (one, other):
         both = zip(half["norms"], full["norms"], strict=True)
         told = [(norm, expected) for norm, expected in both if norm is not None]
         assert len(told) >= 6, "an overflow is rare"
-        assert [norm for norm, _ in told] == pytest.approx([e for _, e in told], rel=0.1)
+        assert [norm for norm, _ in told] == pytest.approx([e for _, e in told], rel=2e-2)
 
 
 def test_after_an_overflow_under_deepspeed_the_scale_falls() -> None:

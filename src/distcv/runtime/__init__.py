@@ -187,6 +187,7 @@ class Runtime:
         return loss_sum * (loss_sum.detach() * 0 + share)
 
     def backward(self, loss: Tensor) -> None:
+        self.strategy.before_backward()
         self.accelerator.backward(loss)
 
     @torch.no_grad()
@@ -224,9 +225,8 @@ class Runtime:
             self.strategy.optimizer.zero_grad()
 
     def clip(self, model: nn.Module, norm: float) -> None:
-        """Scale the whole gradient down to this norm, if it is larger; DeepSpeed does it itself."""
+        """Scale the whole gradient down to this norm, if it is larger; DeepSpeed has done so."""
         if self.strategy.has_engine:
-            self.strategy.clip(norm)
             return
         if self._scaler:  # Accelerate, told nothing of fp16, would take the scaled gradient
             self._scaler.unscale_(self.strategy.optimizer)

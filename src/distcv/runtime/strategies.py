@@ -62,8 +62,8 @@ class WholeCopies:
         """Whether an engine has left out the last step, for want of a finite gradient."""
         return False
 
-    def clip(self, norm: float) -> None:
-        """Called before a step whose gradient an engine is to clip."""
+    def before_backward(self) -> None:
+        """Called before a backward pass, at whose end an engine clips the gradient and steps."""
 
     def stepped(self) -> None:
         """Called after a step that an engine or a loss scaler has made, or left out."""

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO as a strategy: one flat row of numbers a group of parameters, cut into pieces."""
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +27,7 @@ class Zero(WholeCopies):
 
     keeps_memory_format = False  # parameters are views of one flat tensor
     has_engine = True
+    scale = 1.0  # of the last loss
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -70,7 +70,7 @@ class Zero(WholeCopies):
         return scaler
 
     # Of the loss scaler of fp16 DeepSpeed's clipping knows nothing, nor the scaler of an overflow:
-    # the scale would never fall (0.19.8).
+    # the scale would never fall (0.19.8). Accelerate has it step at the end of the backward pass.
 
     # It leaves out a step without a finite gradient by itself, and on all processes: it reads the
     # norm in every step, for which it waits.
@@ -78,17 +78,17 @@ class Zero(WholeCopies):
     def overflow(self) -> bool:
         return bool(self.zero.overflow)
 
-    def clip(self, norm: float) -> None:
-        if (scaler := self.zero.torch_autocast_gradscaler) and math.isfinite(norm):
-            self.zero.clip_grad = norm * scaler.get_scale()
+    def before_backward(self) -> None:
+        if scaler := self.zero.torch_autocast_gradscaler:
+            self.scale = scaler.get_scale()
+            self.zero.clip_grad = (self.recipe.clip_norm or 0.0) * self.scale
 
     def stepped(self) -> None:
         if (scaler := self.zero.torch_autocast_gradscaler) and self.zero.overflow:
             scaler.update(new_scale=scaler.get_scale() * scaler.get_backoff_factor())
 
     def gradient_norm(self, clipped: Any) -> Any:
-        scaler = self.zero.torch_autocast_gradscaler
-        return self.engine.get_global_grad_norm() / (scaler.get_scale() if scaler else 1.0)
+        return self.engine.get_global_grad_norm() / self.scale
 
     def pieces(self) -> Tensors:
         if self.stage < 3:
