@@ -365,6 +365,12 @@ def test_analysis_in_words(curves: list[list[dict[str, float]]], said: str, meas
     assert analysis.analysis(one) == said
 
 
+def test_a_test_loss_that_label_smoothing_keeps_up_is_no_overfitting() -> None:
+    recipe = load_recipe("gap").model_copy(update={"label_smoothing": 0.1})
+    said = analysis.analysis(Measured("gap", recipe, [{"seed": 0}], {0: OVERFITTED[0]}))
+    assert said.split("; ")[1] == "test loss ends at 0.0300, which label smoothing keeps up"
+
+
 def test_an_aim_is_reached_by_the_mean_as_it_is() -> None:
     aim = Aim(accuracy=99.4, runs=10)
     assert analysis.verdict(99.396, 10, aim) == "aim missed by 0.004 points"

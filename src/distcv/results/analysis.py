@@ -68,7 +68,9 @@ def analysis(measured: Measured) -> str:
     curves = [measured.curves[r["seed"]] for r in measured.results if r["seed"] in measured.curves]
     if not curves:
         return "the curves of these runs were not kept"
-    return "; ".join([_train_and_test(curves, measured.recipe), _loss(curves), _best(curves)])
+    return "; ".join(
+        [_train_and_test(curves, measured.recipe), _loss(curves, measured.recipe), _best(curves)]
+    )
 
 
 Curves = Sequence[Sequence[dict[str, float]]]
@@ -85,10 +87,12 @@ def _train_and_test(curves: Curves, recipe: Recipe) -> str:
     return f"{words}, being measured on images made harder by {' and '.join(harder)}"
 
 
-def _loss(curves: Curves) -> str:
+def _loss(curves: Curves, recipe: Recipe) -> str:
     lowest = [min(rows, key=lambda row: row["test_loss"]) for rows in curves]
     low = statistics.mean(row["test_loss"] for row in lowest)
     end = statistics.mean(rows[-1]["test_loss"] for rows in curves)
+    if recipe.label_smoothing:  # which teaches doubt, and that grows as the network learns
+        return f"test loss ends at {end:.4f}, which label smoothing keeps up"
     if end > RISES * low:
         return f"test loss rises from {low:.4f} ({_epochs(lowest)}) to {end:.4f}: overfitting"
     return f"test loss ends at {end:.4f}, its lowest is {low:.4f} ({_epochs(lowest)})"
