@@ -208,9 +208,13 @@ def test_after_an_overflow_under_deepspeed_the_scale_falls() -> None:
 
 @pytest.mark.slow
 def test_sgd_scales_its_loss_under_fsdp2(trajectories: Trajectories) -> None:
-    flags = [*PLAIN.split(), "--optimizer", "sgd", "--lr", "0.01", "--precision", "fp16"]
-    one, other = (trajectories.run(where, flags, steps=4) for where in ("single", "fsdp2 x2"))
-    assert other["start"]["losses"] == pytest.approx(one["start"]["losses"], rel=3e-2)
+    flags = [*NORMED.split(), "--lr", "0.02", "--warmup", "0", "--precision", "fp16"]
+    one, other = (
+        trajectories.run(where, flags, steps=8)["start"]["losses"]
+        for where in ("single", "fsdp2 x2")
+    )
+    assert other == pytest.approx(one, rel=2e-2)  # 0.7 %
+    assert one[-1] < one[0] - 0.15, "it should learn"
 
 
 def main_branches(tree: ast.AST) -> list[ast.AST]:
