@@ -88,11 +88,11 @@ def _train_and_test(curves: Curves, recipe: Recipe) -> str:
 
 
 def _loss(curves: Curves, recipe: Recipe) -> str:
-    lowest = [min(rows, key=lambda row: row["test_loss"]) for rows in curves]
-    low = statistics.mean(row["test_loss"] for row in lowest)
     end = statistics.mean(rows[-1]["test_loss"] for rows in curves)
     if recipe.label_smoothing:  # which teaches doubt, and that grows as the network learns
         return f"test loss ends at {end:.4f}, which label smoothing keeps up"
+    lowest = [min(rows, key=lambda row: row["test_loss"]) for rows in curves]
+    low = statistics.mean(row["test_loss"] for row in lowest)
     if end > RISES * low:
         return f"test loss rises from {low:.4f} ({_epochs(lowest)}) to {end:.4f}: overfitting"
     return f"test loss ends at {end:.4f}, its lowest is {low:.4f} ({_epochs(lowest)})"

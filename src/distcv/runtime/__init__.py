@@ -187,7 +187,8 @@ class Runtime:
         return loss_sum * (loss_sum.detach() * 0 + share)
 
     def backward(self, loss: Tensor) -> None:
-        self.strategy.before_backward()
+        if self.accelerator.sync_gradients:
+            self.strategy.before_step()
         self.accelerator.backward(loss)
 
     @torch.no_grad()

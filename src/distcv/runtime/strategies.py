@@ -62,8 +62,8 @@ class WholeCopies:
         """Whether an engine has left out the last step, for want of a finite gradient."""
         return False
 
-    def before_backward(self) -> None:
-        """Called before a backward pass, at whose end an engine clips the gradient and steps."""
+    def before_step(self) -> None:
+        """Called before a step's last backward pass, in which an engine clips and steps."""
 
     def stepped(self) -> None:
         """Called after a step that an engine or a loss scaler has made, or left out."""

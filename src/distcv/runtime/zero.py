@@ -27,7 +27,7 @@ class Zero(WholeCopies):
 
     keeps_memory_format = False  # parameters are views of one flat tensor
     has_engine = True
-    scale = 1.0  # of the last loss
+    scale = 1.0  # of the last step's loss
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -78,7 +78,7 @@ class Zero(WholeCopies):
     def overflow(self) -> bool:
         return bool(self.zero.overflow)
 
-    def before_backward(self) -> None:
+    def before_step(self) -> None:
         if scaler := self.zero.torch_autocast_gradscaler:
             self.scale = scaler.get_scale()
             self.zero.clip_grad = (self.recipe.clip_norm or 0.0) * self.scale
