@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,13 +110,14 @@ def test_print_config_can_be_fed_back(tmp_path: Path) -> None:
 
 
 def test_help_is_grouped_complete_quick_and_without_torch() -> None:
-    seconds = []
+    seconds = []  # the processor's: other programs may run beside the tests
     for _ in range(3):
-        began = time.perf_counter()
+        before = os.times()
         shown = run("--help")
-        seconds.append(time.perf_counter() - began)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of ended child processes
     assert shown.returncode == 0
-    assert min(seconds) < 0.8
+    assert 0 < min(seconds) < 0.8
     for heading in ["model", "training", "optimizer", "schedule", "augmentation", "run"]:
         assert f"{heading} options" in shown.stdout
     for group in GROUPS.values():
