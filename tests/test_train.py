@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ROOT, TRAIN, Process, Runs, launched, stopped_in
 
 from distcv import checkpoint
@@ -69,6 +70,21 @@ def test_the_run_s_own_config_repeats_it_bit_for_bit(runs: Runs, short: str) -> 
 def test_another_seed_is_another_run(runs: Runs, short: str) -> None:
     runs.run("seed1", *SHORT, "--seed", "1")
     assert runs.learned("seed1") != runs.learned("short")
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions"),
+    [("fp32", "fpu"), ("bf16", "avx512bw avx_ne_convert"), ("fp16", "avx512_fp16")],
+)
+def test_a_precision_without_instructions_is_told_of(
+    runs: Runs, precision: str, instructions: str
+) -> None:
+    flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    if flags is None or torch.accelerator.is_available():
+        pytest.skip("only x86 processors name their instructions so")
+    out = runs.run(precision, *SHORT[:2], "--max-steps", "1", "--precision", precision)
+    has_them = bool(set(instructions.split()) & set(flags[1].split()))
+    assert (f"no instructions for {precision}" in out) != has_them
 
 
 def test_a_finished_run_is_not_trained_again(runs: Runs, short: str) -> None:

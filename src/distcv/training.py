@@ -27,6 +27,7 @@ from distcv.data.loading import (
 from distcv.models import MODELS, build_model
 from distcv.optim import OPTIMIZERS, MovingAverage
 from distcv.runtime import Runtime
+from distcv.runtime.device import computes_in
 
 EVALUATION_BATCH = 1000
 SKIPS = 3  # so many skipped steps in a row are too many
@@ -126,6 +127,11 @@ class Training:
             lines.append(
                 f"BatchNorm sees {share} samples at a time, those of one process: with --sync-bn "
                 "it sees those of all, and the curve is that of one process"
+            )
+        if not computes_in(recipe.precision, runtime.device):
+            lines.append(
+                f"this processor has no instructions for {recipe.precision} and may be slow in it: "
+                "--precision fp32 needs none"
             )
         return lines
 

@@ -23,6 +23,16 @@ def memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def computes_in(precision: str, device: torch.device) -> bool:
+    """Whether the processor has instructions for this precision, as far as oneDNN knows.
+
+    Of another device it is taken for granted.
+    """
+    if device.type != "cpu" or precision == "fp32" or not torch._C._has_mkldnn:
+        return True
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")())
+
+
 def joined(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Move tensors into one row of memory a type, so that few operations copy them all.
 
