@@ -1,6 +1,7 @@
 """Optimizers, learning rates, moving average."""
 
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -75,8 +76,11 @@ def test_each_optimizer_learns(name: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format() -> None:
-    recipe = Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format(
+    precision: Literal["fp32", "bf16"],
+) -> None:
+    recipe = Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, precision=precision)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
         model = build_model("resnet18", channels=3, classes=10).to(memory_format=memory_format)
@@ -101,16 +105,17 @@ def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format() 
         assert float((moved - expected).norm() / expected.norm()) < 0.02
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("shape", [(16, 144), (50, 20), (8, 8)])
 def test_orthogonal_keeps_singular_vectors_and_evens_the_values(
-    shape: tuple[int, int],
+    shape: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(1, 5, min(shape))
-    made = u.T @ orthogonal(u @ torch.diag(values) @ v) @ v.T
+    made = u.T @ orthogonal((u @ torch.diag(values) @ v).to(dtype)).float() @ v.T
     assert float(made.diagonal().min()) > 0.65 and float(made.diagonal().max()) < 1.25
-    assert float((made - made.diagonal().diag()).abs().max()) < 1e-4
+    assert float((made - made.diagonal().diag()).abs().max()) < tolerance
 
 
 def _hidden(model: nn.Module) -> str:

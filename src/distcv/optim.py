@@ -95,17 +95,19 @@ class MuonAdamW(torch.optim.Optimizer):
     A convolution's weight (O, I, H, W) is the matrix (O, I·H·W). Updates of Muon are scaled to the
     root mean square of AdamW's, so that one learning rate serves both (Liu et al., "Muon is
     scalable for LLM training", 2025; K. Jordan, "Muon", 2024). A group's key ``muon`` says whose
-    it is. AdamW's update is torch's own; its Muon takes matrices only, and is slow on CPUs. A step
-    for which ``found_inf``, a float () on the device, is 1 changes nothing, as in torch's fused
-    ones.
+    it is. Orthogonal factors are computed in bf16; on CPUs, many of which only emulate it, in fp32
+    unless ``bf16``. AdamW's update is torch's own; its Muon takes matrices only, and is slow on
+    CPUs. A step for which ``found_inf``, a float () on the device, is 1 changes nothing, as in
+    torch's fused ones.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, momentum: float, nesterov: bool,
-        betas: tuple[float, float],
+        betas: tuple[float, float], bf16: bool,
     ) -> None:  # fmt: skip
+        self.bf16 = bf16
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas}
         super().__init__(groups, defaults)
 
@@ -128,7 +130,9 @@ class MuonAdamW(torch.optim.Optimizer):
             *(map(_matrix, tensors) for tensors in (params, gradients, buffers)), strict=True
         ):
             average.lerp_(gradient, 1 - momentum)
-            update = orthogonal(gradient.lerp(average, momentum) if group["nesterov"] else average)
+            update = gradient.lerp(average, momentum) if group["nesterov"] else average
+            in_bf16 = self.bf16 or update.device.type != "cpu"
+            update = orthogonal(update.bfloat16() if in_bf16 else update)
             weight.mul_(1 - lr * group["weight_decay"])
             weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
         if self.found_inf is not None:
@@ -163,13 +167,12 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """The orthogonal factor of a matrix (M, N), roughly: its singular values become 0.7 to 1.2.
 
-    Five steps of the quintic Newton-Schulz iteration of K. Jordan, "Muon" (2024). They run in bf16,
-    which is precise enough; on CPUs, many of which only emulate it, in fp32.
+    Five steps of the quintic Newton-Schulz iteration of K. Jordan, "Muon" (2024), for which bf16 is
+    precise enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix if matrix.device.type == "cpu" else matrix.bfloat16()
     tall = matrix.shape[0] > matrix.shape[1]
-    x = x.T if tall else x
+    x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -204,6 +207,7 @@ def muon_adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         betas=recipe.adam_betas,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
+        bf16=recipe.precision == "bf16",
     )
 
 
