@@ -371,6 +371,20 @@ def test_a_test_loss_that_label_smoothing_keeps_up_is_no_overfitting() -> None:
     assert said.split("; ")[1] == "test loss ends at 0.0300, which label smoothing keeps up"
 
 
+def test_a_further_recipe_is_named_and_has_an_aim_of_its_own(clone: Path) -> None:
+    change_recipe(clone, "gap_short", **load_recipe("gap").model_dump(mode="json") | {"epochs": 3})
+    of_gap = DOCUMENTS["gap"] | {"further_aims": {"gap_short": {"accuracy": 99.4, "runs": 1}}}
+    documents = yaml.safe_dump(DOCUMENTS | {"gap": of_gap}, sort_keys=False)
+    (clone / "results/documents.yaml").write_text(documents)
+    change_recipe(clone, "gap", epochs=8)
+    finish(clone, "gap_short", 0, ACCURACIES[0])
+    gather(clone)
+    page = (clone / "docs/results.md").read_text()
+    assert "| [99.31](../results/gap_short.json) (n = 1, `gap_short`) |\n" in page
+    assert "aim missed by 0.090 points" in page
+    assert "for seed in 0 1; do python -m distcv.train --recipe gap " in page, "as its aim says"
+
+
 def test_an_aim_is_reached_by_the_mean_as_it_is() -> None:
     aim = Aim(accuracy=99.4, runs=10)
     assert analysis.verdict(99.396, 10, aim) == "aim missed by 0.004 points"

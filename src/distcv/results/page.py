@@ -1,5 +1,6 @@
 """docs/results.md: the rows of each network, its three lines, the commands of its rows."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from distcv.models import MODELS
@@ -66,8 +67,8 @@ def overview(systems: list[System], results: str) -> str:
     for system in systems:
         recipe = system.ours[0].recipe
         name = f"`{recipe.model}`" + (" with schedule" if system.name != recipe.model else "")
-        shown = [m for m in system.ours if m is system.ours[0] or m.results]
-        both = ["; ".join(_cell(m, results) for m in s) for s in (system.reproduced, shown)]
+        kinds = (system.reproduced, system.ours)
+        both = ["; ".join(_cells(kind, results)) or NOT_YET if kind else "" for kind in kinds]
         size = f"{MODELS[recipe.model].params:,}"
         rows.append([name, size, DATA[recipe.dataset], _printed(system.said), *both])
     head = ["network", "parameters", "data", "document, best epoch", "reproduced", "ours"]
@@ -82,7 +83,7 @@ def section(system: System) -> str:
         *(("ours", m) for m in system.ours),
     ]
     rows = [_row_of_document(said), *(_row(kind, m) for kind, m in measured)]
-    results = [f"`{m.name}`: {result(m, said, said.aim)}" for m in system.ours]
+    results = [f"`{m.name}`: {result(m, said, said.aim_of(m.name))}" for m in system.ours]
     results += [f"`{m.name}`: {result(m, said)}" for m in system.reproduced]
     analyses = [f"`{m.name}`: {analysis(m)}" for m in (*system.ours, *system.reproduced)]
     for theirs in system.reproduced:
@@ -96,7 +97,7 @@ def section(system: System) -> str:
         f"- Result: {'. '.join(results)}.\n"
         f"- Analysis: {'. '.join(analyses)}.\n"
         f"- The document: {_in_its_words(said)}\n\n"
-        f"```sh\n{''.join(command(m, said.aim.runs) for _, m in measured)}```\n"
+        f"```sh\n{''.join(command(m, said.aim_of(m.name).runs) for _, m in measured)}```\n"
     )
 
 
@@ -117,11 +118,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(measured: Measured, results: str) -> str:
-    if not measured.results:
-        return NOT_YET
-    values = measured.accuracies
-    return f"[{spread(values)}]({results}{measured.name}.json) (n = {len(values)})"
+def _cells(recipes: list[Measured], results: str) -> Iterator[str]:
+    """What was measured with each recipe; all but the first are named."""
+    for number, measured in enumerate(recipes):
+        if measured.results:
+            values, name = measured.accuracies, f", `{measured.name}`" if number else ""
+            yield f"[{spread(values)}]({results}{measured.name}.json) (n = {len(values)}{name})"
 
 
 def _printed(said: Document) -> str:
