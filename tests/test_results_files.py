@@ -404,6 +404,7 @@ def test_every_network_has_its_document_and_the_document_s_recipe() -> None:
         assert load_recipe(f"{name}_document").model == model
         assert said.parameters in (None, MODELS[model].params)
         assert said.epochs in (None, load_recipe(f"{name}_document").epochs)
+        assert {load_recipe(other).model for other in said.further_aims} <= {model}
 
 
 def test_commands_of_the_page_pick_their_recipes() -> None:
