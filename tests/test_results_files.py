@@ -348,7 +348,7 @@ OVERFITTED = [curve((98.0, 98.5, 0.05), (99.9, 99.2, 0.02), (100.0, 99.1, 0.03))
         (
             OVERFITTED,
             "overfits: train is 0.90 points above test (100.00 and 99.10 %); test loss rises from "
-            "0.0200 (epoch 2) to 0.0300: overfitting; the best epoch (epoch 2) of 3 is 0.10 "
+            "0.0200 (epoch 2) to 0.0300; the best epoch (epoch 2) of 3 is 0.10 "
             "points above the last",
         ),
         (

@@ -94,7 +94,7 @@ def _loss(curves: Curves, recipe: Recipe) -> str:
     lowest = [min(rows, key=lambda row: row["test_loss"]) for rows in curves]
     low = statistics.mean(row["test_loss"] for row in lowest)
     if end > RISES * low:
-        return f"test loss rises from {low:.4f} ({_epochs(lowest)}) to {end:.4f}: overfitting"
+        return f"test loss rises from {low:.4f} ({_epochs(lowest)}) to {end:.4f}"
     return f"test loss ends at {end:.4f}, its lowest is {low:.4f} ({_epochs(lowest)})"
 
 
