@@ -31,10 +31,11 @@ def fit(gap: float) -> str:
 
 
 def target(said: Document) -> str:
-    """Our aim beside the document's."""
+    """Our aims beside the document's."""
     aim = said.aim
     runs = f"the mean of {aim.runs} seeds" if aim.runs > 1 else "one run"
-    condition = f", {aim.condition}" if aim.condition else ""
+    conditions = [a.condition for a in (aim, *said.further_aims.values()) if a.condition]
+    condition = f", {'; '.join(conditions)}" if conditions else ""
     theirs = f"; the document: {said.target}" if said.target else ""
     return f"{aim.accuracy:.2f} % at the last epoch, {runs}{condition}{theirs}."
 

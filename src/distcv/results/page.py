@@ -1,6 +1,5 @@
 """docs/results.md: the rows of each network, its three lines, the commands of its rows."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from distcv.models import MODELS
@@ -67,8 +66,7 @@ def overview(systems: list[System], results: str) -> str:
     for system in systems:
         recipe = system.ours[0].recipe
         name = f"`{recipe.model}`" + (" with schedule" if system.name != recipe.model else "")
-        kinds = (system.reproduced, system.ours)
-        both = ["; ".join(_cells(kind, results)) or NOT_YET if kind else "" for kind in kinds]
+        both = [_cell(recipes, results) for recipes in (system.reproduced, system.ours)]
         size = f"{MODELS[recipe.model].params:,}"
         rows.append([name, size, DATA[recipe.dataset], _printed(system.said), *both])
     head = ["network", "parameters", "data", "document, best epoch", "reproduced", "ours"]
@@ -118,12 +116,15 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cells(recipes: list[Measured], results: str) -> Iterator[str]:
-    """What was measured with each recipe; all but the first are named."""
-    for number, measured in enumerate(recipes):
-        if measured.results:
-            values, name = measured.accuracies, f", `{measured.name}`" if number else ""
-            yield f"[{spread(values)}]({results}{measured.name}.json) (n = {len(values)}{name})"
+def _cell(recipes: list[Measured], results: str) -> str:
+    """What was measured with each of these recipes, all but the first named; "" without any."""
+    words = []
+    for measured in recipes:
+        if values := measured.accuracies:
+            name = "" if measured is recipes[0] else f", `{measured.name}`"
+            file = f"{results}{measured.name}.json"
+            words.append(f"[{spread(values)}]({file}) (n = {len(values)}{name})")
+    return "; ".join(words) or (NOT_YET if recipes else "")
 
 
 def _printed(said: Document) -> str:
