@@ -119,10 +119,6 @@ PYTHON
     fi
 
     options+=(--main_process_ip "$head")
-    if [[ $module == distcv.doctor ]] && ((max_restarts == 0)); then
-        options+=(--rdzv_conf timeout=60) # a node that doesn't come is what it looks for
-    fi
-
     if ((max_restarts > 0)); then
         # torchrun's c10d tells every node of a restart; its static way lets each find out. What it
         # would guess wrongly is told: who listens, and this node's address. Nodes that were told
@@ -132,6 +128,32 @@ PYTHON
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         [[ -z $address ]] || export PET_LOCAL_ADDR=${PET_LOCAL_ADDR:-$address}
     fi
+fi
+
+if ((nodes > 1)) && [[ $module == distcv.doctor ]]; then
+    # Not by the launcher, which would itself wait for the nodes that are to be named, and name none.
+    if grep -q '^use_cpu: *true' "$config"; then
+        export ACCELERATE_USE_CPU=true
+    fi
+    export MASTER_ADDR=$head MASTER_PORT=$port
+    export LOCAL_WORLD_SIZE=$processes_per_node WORLD_SIZE=$((nodes * processes_per_node))
+    started=() code=0
+    trap 'kill $(jobs -p)' TERM INT
+    for ((local_rank = 0; local_rank < processes_per_node; local_rank++)); do
+        LOCAL_RANK=$local_rank RANK=$((node_rank * processes_per_node + local_rank)) \
+            python3 -m "$module" "$@" &
+        started+=("$!")
+    done
+    for each in "${started[@]}"; do
+        wait "$each" || code=$?
+    done
+    wait # a signal breaks off the one above
+    exit "$code"
+fi
+if ((nodes > 1)); then
+    # The launcher says nothing while it waits for nodes, and in the end only how many came.
+    echo "node $node_rank of $nodes meets the others at $head:$port; should it wait there," \
+        "--module distcv.doctor on all of them names those that are missing" >&2
 fi
 
 # A stop is asked for by a file. The launcher doesn't hear of it: it would break off the processes,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+from faults.core import wait_until
 from runs import ROOT, Runs, free_port
 
 SCRIPT = str(ROOT / "launch/multinode.sh")
@@ -67,12 +68,26 @@ class Stub:
     ) -> tuple[dict[str, str], list[str], dict[str, str]]:
         """Accelerate's options, then what follows them, then its environment."""
         ran = self.run(*words, cwd=cwd, inside=inside, **env)
-        assert ran.returncode == 0 and ran.stderr == "", ran.stderr
+        assert ran.returncode == 0, ran.stderr
         said = json.loads(ran.stdout)
         args: list[str] = said["args"]
         at = args.index("-m")
         assert args[0] == "launch" and args[at + 1] == "distcv.train"
-        return dict(zip(args[1:at:2], args[2:at:2], strict=True)), args[at + 2 :], said["env"]
+        options = dict(zip(args[1:at:2], args[2:at:2], strict=True))
+        assert ran.stderr == self.meeting(options)
+        return options, args[at + 2 :], said["env"]
+
+    @staticmethod
+    def meeting(options: dict[str, str]) -> str:
+        """What a node says before it waits for others."""
+        rank, nodes = options["--machine_rank"], options["--num_machines"]
+        if nodes == "1":
+            return ""
+        place = f"{options['--main_process_ip']}:{options['--main_process_port']}"
+        return (
+            f"node {rank} of {nodes} meets the others at {place}; should it wait there, "
+            "--module distcv.doctor on all of them names those that are missing\n"
+        )
 
 
 @pytest.fixture
@@ -330,6 +345,50 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: obj
     words = [sys.executable, "-m", "distcv.train", *flags, "--name", "one"]
     subprocess.run(words, check=True, env=environment(), capture_output=True, timeout=300)
     return Trained(folder, flags)
+
+
+def start_doctor(rank: int, folder: Path, seconds: float) -> subprocess.Popen[bytes]:
+    """The doctor on one of two nodes, which waits for the other so long."""
+    words = ["--config", "launch/cpu.yaml", "--module", "distcv.doctor", "--head", "127.0.0.1"]
+    flags = ["--timeout", str(seconds), "--dataset", "synthetic"]
+    return start(rank, folder, (), *words, "--port", free_port(), "--", *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "missed"),
+    [(0, "rank 1 of 2 did not come within 2 s"), (1, "doesn't reach MASTER_ADDR 127.0.0.1")],
+)
+def test_the_doctor_names_a_node_that_never_comes(rank: int, missed: str, tmp_path: Path) -> None:
+    assert start_doctor(rank, tmp_path, 2).wait(timeout=60) == 1
+    said = (tmp_path / f"node{rank}").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith("wrong")]
+    assert missed in line
+    assert "Traceback" not in said and "meets the others" not in said
+
+
+def doctors_of(pid: int) -> list[psutil.Process]:
+    """The doctors among a script's children."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):  # others come and go
+            if child.cmdline()[:3] == ["python3", "-m", "distcv.doctor"]:
+                found.append(child)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_doctor_that_waits(how: signal.Signals, tmp_path: Path) -> None:
+    script = start_doctor(0, tmp_path, 600)
+    try:
+        wait_until(lambda: doctors_of(script.pid), 60, "doctor")
+        (doctor,) = doctors_of(script.pid)
+        script.send_signal(how)
+        assert script.wait(timeout=20) != 0
+        assert not doctor.is_running()
+    finally:
+        stop([script])
 
 
 @pytest.mark.slow
