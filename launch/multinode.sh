@@ -169,10 +169,19 @@ trap 'interrupted=1; : >>"$DISTCV_STOP_FILE"' TERM INT USR2
     trap '' TERM INT USR2
     exec accelerate launch "${options[@]}" --main_process_port "$port" -m "$module" "$@"
 ) &
+launcher=$!
 while true; do
     interrupted='' code=0
-    wait "$!" || code=$?
+    wait "$launcher" || code=$?
     [[ -n $interrupted ]] || break
+    # While it waits for other nodes, it has no process yet that would see the file.
+    if ! python3 -c 'import psutil, sys; sys.exit(not psutil.Process(int(sys.argv[1])).children())' \
+        "$launcher" 2>/dev/null; then
+        kill -KILL "$launcher" && code=0
+        { wait "$launcher" || code=$?; } 2>/dev/null
+        ((code < 128)) || exit 75
+        break
+    fi
 done
 if ((code == 0)) && [[ -s $DISTCV_STOP_FILE ]]; then
     exit 75

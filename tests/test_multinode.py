@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -367,12 +368,12 @@ def test_the_doctor_names_a_node_that_never_comes(rank: int, missed: str, tmp_pa
     assert "Traceback" not in said and "meets the others" not in said
 
 
-def doctors_of(pid: int) -> list[psutil.Process]:
-    """The doctors among a script's children."""
+def children_of(pid: int, words: str) -> list[psutil.Process]:
+    """The children of a script whose command lines hold these words."""
     found = []
     for child in psutil.Process(pid).children():
         with contextlib.suppress(psutil.Error):  # others come and go
-            if child.cmdline()[:3] == ["python3", "-m", "distcv.doctor"]:
+            if words in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
@@ -382,8 +383,8 @@ def doctors_of(pid: int) -> list[psutil.Process]:
 def test_a_signal_ends_a_doctor_that_waits(how: signal.Signals, tmp_path: Path) -> None:
     script = start_doctor(0, tmp_path, 600)
     try:
-        wait_until(lambda: doctors_of(script.pid), 60, "doctor")
-        (doctor,) = doctors_of(script.pid)
+        wait_until(lambda: children_of(script.pid, "python3 -m distcv.doctor"), 60, "doctor")
+        (doctor,) = children_of(script.pid, "python3 -m distcv.doctor")
         script.send_signal(how)
         assert script.wait(timeout=20) != 0
         assert not doctor.is_running()
@@ -446,6 +447,21 @@ def test_a_signal_stops_the_training_and_the_exit_code_says_so(
     text = (tmp_path / "said").read_text()
     assert text.count("stopped after step") == 1, "no restart"
     assert "Traceback" not in text and "Error" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_signal_ends_a_node_that_waits_for_others(restarts: str, tmp_path: Path) -> None:
+    """There is no training yet that could save; the exit code is that of one."""
+    place = ["--head", "127.0.0.1", "--port", free_port(), "--max-restarts", restarts]
+    script = start(1, tmp_path, (), "--config", "launch/cpu.yaml", *place, "--", "--model", "gap")
+    try:
+        wait_until(lambda: children_of(script.pid, "accelerate launch"), 60, "launcher")
+        time.sleep(5)  # till it waits
+        script.terminate()
+        assert script.wait(timeout=20) == 75
+    finally:
+        stop([script])
 
 
 SECRET = "planted-5d1f0c"
