@@ -75,19 +75,19 @@ class Stub:
         at = args.index("-m")
         assert args[0] == "launch" and args[at + 1] == "distcv.train"
         options = dict(zip(args[1:at:2], args[2:at:2], strict=True))
-        assert ran.stderr == self.meeting(options)
+        assert ran.stderr == self.waiting(options)
         return options, args[at + 2 :], said["env"]
 
     @staticmethod
-    def meeting(options: dict[str, str]) -> str:
+    def waiting(options: dict[str, str]) -> str:
         """What a node says before it waits for others."""
         rank, nodes = options["--machine_rank"], options["--num_machines"]
         if nodes == "1":
             return ""
         place = f"{options['--main_process_ip']}:{options['--main_process_port']}"
         return (
-            f"node {rank} of {nodes} meets the others at {place}; should it wait there, "
-            "--module distcv.doctor on all of them names those that are missing\n"
+            f"node {rank} of {nodes}: waiting for the others at {place} (if nothing follows, run "
+            "--module distcv.doctor on all nodes: it names those that are missing)\n"
         )
 
 
@@ -365,7 +365,7 @@ def test_the_doctor_names_a_node_that_never_comes(rank: int, missed: str, tmp_pa
     said = (tmp_path / f"node{rank}").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("wrong")]
     assert missed in line
-    assert "Traceback" not in said and "meets the others" not in said
+    assert "Traceback" not in said and "waiting for the others" not in said
 
 
 def children_of(pid: int, words: str) -> list[psutil.Process]:
