@@ -157,7 +157,7 @@ if ((nodes > 1)); then
 fi
 
 # A stop is asked for by a file. The launcher doesn't hear of it: it would break off the processes,
-# and knows one exit code for all that they leave with.
+# and restart those that leave with 75.
 if [[ -z ${DISTCV_STOP_FILE:-} ]]; then
     DISTCV_STOP_FILE=$(mktemp -u)
     trap 'rm -f "$DISTCV_STOP_FILE"' EXIT
@@ -167,7 +167,8 @@ export PET_SIGNALS_TO_HANDLE=SIGHUP,SIGQUIT # torchrun's
 trap 'interrupted=1; : >>"$DISTCV_STOP_FILE"' TERM INT USR2
 (
     trap '' TERM INT USR2
-    exec accelerate launch "${options[@]}" --main_process_port "$port" -m "$module" "$@"
+    exec python3 "$root/launch/accelerate_launch.py" "${options[@]}" --main_process_port "$port" \
+        -m "$module" "$@"
 ) &
 launcher=$!
 while true; do

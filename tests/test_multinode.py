@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 import torch
 from faults.core import wait_until
 from runs import ROOT, Runs, free_port
+
+from distcv.preempt import NOT_SAVED, STOPPED
 
 SCRIPT = str(ROOT / "launch/multinode.sh")
 BIN = str(Path(sys.executable).parent)
@@ -40,14 +43,17 @@ def write_program(path: Path, text: str) -> None:
 
 
 class Stub:
-    """Runs the script with an `accelerate` that only prints what it was given."""
+    """Runs the script with an Accelerate that only prints what it was given."""
 
     def __init__(self, folder: Path) -> None:
-        self.bin = folder / "bin"
+        self.bin, self.packages = folder / "bin", folder / "packages"
+        for package in ("accelerate", "accelerate/commands"):
+            write_program(self.packages / package / "__init__.py", "")
         write_program(
-            self.bin / "accelerate",
-            f"#!{sys.executable}\nimport json, os, sys\n"
-            "print(json.dumps({'args': sys.argv[1:], 'env': dict(os.environ)}))\n",
+            self.packages / "accelerate/commands/launch.py",
+            "import json, os, sys\n"
+            "def main():\n"
+            "    print(json.dumps({'args': sys.argv[1:], 'env': dict(os.environ)}))\n",
         )
         # As Slurm's: one host a line.
         write_program(
@@ -60,7 +66,8 @@ class Stub:
         self, *words: str, cwd: Path = ROOT, inside: tuple[str, ...] = (), **env: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*inside, SCRIPT, *words], cwd=cwd, env=environment(self.bin, **env),
+            [*inside, SCRIPT, *words], cwd=cwd,
+            env=environment(self.bin, PYTHONPATH=str(self.packages), **env),
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
@@ -73,8 +80,8 @@ class Stub:
         said = json.loads(ran.stdout)
         args: list[str] = said["args"]
         at = args.index("-m")
-        assert args[0] == "launch" and args[at + 1] == "distcv.train"
-        options = dict(zip(args[1:at:2], args[2:at:2], strict=True))
+        assert args[at + 1] == "distcv.train"
+        options = dict(zip(args[0:at:2], args[1:at:2], strict=True))
         assert ran.stderr == self.waiting(options)
         return options, args[at + 2 :], said["env"]
 
@@ -192,7 +199,8 @@ def test_the_environment_beside_the_clone_is_used_unless_one_is_active(tmp_path:
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "launch", clone / "launch")
     for name, folder in (("clone's", clone / ".venv/bin"), ("path's", tmp_path / "bin")):
-        write_program(folder / "accelerate", f'#!/bin/sh\necho "{name}"\n')
+        for program in ("accelerate", "python3"):
+            write_program(folder / program, f'#!/bin/sh\necho "{name}"\n')
     command = [str(clone / "launch/multinode.sh"), "--processes-per-node", "1"]
     for active, expected in (("", "clone's\n"), (sys.prefix, "path's\n")):
         env = environment(tmp_path / "bin", VIRTUAL_ENV=active)
@@ -450,13 +458,53 @@ def test_a_signal_stops_the_training_and_the_exit_code_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_wrong_input_ends_in_its_line_and_exit_code(processes: str) -> None:
+    words = ["--config", "launch/cpu.yaml", "--processes-per-node", processes, "--"]
+    ran = subprocess.run([SCRIPT, *words, "--batch-size", "0"], cwd=ROOT, env=environment(),
+                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: --batch-size 0") and ran.stderr.count("\n") == 1
+
+
+NOT_HEAD = "is_host=0,read_timeout=2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "module", "said"),
+    [
+        (["--num_machines", "2", "--rdzv_conf", "timeout=2"], "distcv.train",
+         "error: this node's launcher misses the others (Timed out after"),
+        (["--num_machines", "2", "--rdzv_backend", "c10d", "--rdzv_conf", NOT_HEAD],
+         "distcv.train", "error: this node's launcher misses the others (The connection"),
+        (["--num_machines", "1"], "distcv.nothing", "Root Cause (first observed failure):"),
+    ],
+)  # fmt: skip
+def test_the_launcher_tells_what_the_processes_can_t(
+    options: list[str], module: str, said: str
+) -> None:
+    command = [sys.executable, "launch/accelerate_launch.py", "--config_file", "launch/cpu.yaml"]
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    ran = subprocess.run([*command, *place, *options, "-m", module], cwd=ROOT, env=environment(),
+                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert ran.returncode == 1 and said in ran.stderr
+    assert ("Traceback" in ran.stderr) == (module == "distcv.nothing")
+
+
+def test_the_launcher_knows_the_exit_codes_of_a_training() -> None:
+    found = runpy.run_path(str(ROOT / "launch/accelerate_launch.py"), run_name="launch")
+    assert found["TOLD"] == (2, NOT_SAVED, STOPPED)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", ["0", "1"])
 def test_a_signal_ends_a_node_that_waits_for_others(restarts: str, tmp_path: Path) -> None:
     """There is no training yet that could save; the exit code is that of one."""
     place = ["--head", "127.0.0.1", "--port", free_port(), "--max-restarts", restarts]
     script = start(1, tmp_path, (), "--config", "launch/cpu.yaml", *place, "--", "--model", "gap")
     try:
-        wait_until(lambda: children_of(script.pid, "accelerate launch"), 60, "launcher")
+        wait_until(lambda: children_of(script.pid, "accelerate_launch.py"), 60, "launcher")
         time.sleep(5)  # till it waits
         script.terminate()
         assert script.wait(timeout=20) == 75
