@@ -178,7 +178,8 @@ while true; do
     # While it waits for other nodes, it has no process yet that would see the file.
     if ! python3 -c 'import psutil, sys; sys.exit(not psutil.Process(int(sys.argv[1])).children())' \
         "$launcher" 2>/dev/null; then
-        kill -KILL "$launcher" && code=0
+        code=0
+        kill -KILL "$launcher" || true
         { wait "$launcher" || code=$?; } 2>/dev/null
         ((code < 128)) || exit 75
         break
