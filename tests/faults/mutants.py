@@ -253,6 +253,13 @@ MUTANTS = (
         "        value, failed = self.from_main((value, refused is not None))\n",
         "        failed = False\n", "kills.instants",
     ),
+    Mutant(
+        "the end of what an evaluation holds",
+        "loop.py",
+        "    wrong = torch.zeros(2, len(training.test_labels), device=runtime.device)\n",
+        "    wrong = torch.zeros(2, len(training.test_labels), device=runtime.device)\n"
+        "    vars(training).setdefault('kept', []).append(wrong)\n", "memory",
+    ),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ PAGE = ROOT / "docs/reliability.md"
 # In the order of the page.
 SUITES = (
     "kills", "ranks", "resumes", "stops", "disk", "damage", "nonfinite", "trackers", "two_jobs",
-    "bad_input", "fuzz", "hostile", "cache", "soak",
+    "bad_input", "fuzz", "hostile", "cache", "memory", "soak",
 )  # fmt: skip
 HEAD = """\
 # Reliability

@@ -1,4 +1,4 @@
-"""Start, stop, kill and resume at random, for hours: what is left is exact, and nothing grows."""
+"""Start, stop, kill and resume at random, for hours: what is left is exact."""
 
 import contextlib
 import itertools
@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import time
 from collections import Counter
 
@@ -26,7 +25,6 @@ from faults.core import (
 
 TITLE = "A soak: started, stopped, killed and resumed at random"
 SECONDS = 2 * 3600, 8  # of the whole suite, and in CI
-GROWTH = 0.2  # MiB an epoch that memory may seem to grow
 STOPS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 KILLS = ["kill all", "kill one"]
 EVENTS = [*KILLS, "stop file", *STOPS]
@@ -116,7 +114,7 @@ class Soak:
 
 def run(place: Place) -> list[Outcome]:
     with nursery(place.folder / "logs") as nurse:
-        return [disturbed_runs(place, nurse), *steady(place, nurse)]
+        return [disturbed_runs(place, nurse)]
 
 
 def disturbed_runs(place: Place, nurse: Nursery) -> Outcome:
@@ -160,47 +158,6 @@ def disturbed_runs(place: Place, nurse: Nursery) -> Outcome:
         },
         failures=soak.failures + [f"process {pid} is left" for pid in left],
     )
-
-
-def steady(place: Place, nurse: Nursery) -> list[Outcome]:
-    """Memory and open files of one training, at their most in each of many epochs."""
-    epochs = place.many(60, 6)
-    child = nurse.start([
-        *TINY, "--dataset", "synthetic", "--epochs", str(epochs),
-        "--ema-decay", "0.9", "--dropout", "0.1", "--checkpoint-every", "20", "--name", "steady",
-        "--runs-dir", str(place.folder / "runs"), "--data-dir", str(place.data_dir),
-    ])  # fmt: skip
-    metrics, process = place.folder / "runs/steady/metrics.jsonl", psutil.Process(child.pid)
-    memory, files = [0.0] * (epochs + 1), [0] * (epochs + 1)
-    while not child.ended(0.1):
-        with contextlib.suppress(psutil.Error, OSError):
-            epoch = metrics.read_text().count('"event": "epoch"')
-            held = process.memory_info()
-            memory[epoch] = max(memory[epoch], (held.rss - held.shared) / 2**20)
-            files[epoch] = max(files[epoch], process.num_fds())
-    assert child.code == 0, child.said()
-    # The first epochs bring memory that is used again; after the last, the result is written.
-    settled = range(epochs // 2, epochs)
-    slope = statistics.linear_regression(settled, [memory[i] for i in settled]).slope
-    more = max(files[i] for i in settled) - min(files[i] for i in settled)
-    return [
-        Outcome(
-            "memory of a training, from epoch to epoch",
-            tried=1,
-            survived=int(slope <= GROWTH),
-            lost=f"{slope:+.3f} MiB an epoch",
-            figures={"epochs": epochs, "MiB at most": round(max(memory))},
-            failures=[] if slope <= GROWTH else [f"{memory} MiB"],
-        ),
-        Outcome(
-            "open files of a training, from epoch to epoch",
-            tried=1,
-            survived=int(more <= 2),
-            lost=f"{more} more or fewer",
-            figures={"at most": max(files)},
-            failures=[] if more <= 2 else [f"{files}"],
-        ),
-    ]
 
 
 def _left(groups: set[int]) -> list[int]:

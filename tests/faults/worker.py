@@ -12,6 +12,7 @@ The variable FAULTS holds a JSON object; each key is a hook:
   of a run folder's lease takes so many seconds.
 - ``still``: a phase, at the first start of which the process stops until it gets a SIGCONT.
 - ``saves``: a run folder; instead of a training, step 30 is saved there twice.
+- ``held``: file; gets a row at the start of each epoch: what the process holds, see ``memory.py``.
 - ``tracked``: file; gets a line for each row: the seconds for which the trackers held up the
   training.
 """
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from faults.memory import note_held
 from faults.spoil import spoil, without
 
 
@@ -77,6 +79,8 @@ def main(flags: list[str]) -> None:
 
     def hooked_epoch(training: Any, progress: Any, **kwargs: Any) -> bool:
         phase("training")
+        if "held" in faults:
+            note_held(Path(faults["held"]))
         advance = kwargs["advance"]
 
         def hooked_advance() -> None:
