@@ -46,7 +46,6 @@ def note_held(file: Path) -> None:
         "objects": sys.getallocatedblocks(),
         "files": process.num_fds(),
         "threads": process.num_threads(),
-        "resident": process.memory_info().rss / 2**20,
     }
     with file.open("a") as rows:
         rows.write(json.dumps(row) + "\n")
