@@ -7,6 +7,7 @@ tens of MiB with the holes of its heap, which hide a leak as well as they feign 
 import ctypes
 import gc
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -17,12 +18,12 @@ from faults.core import TINY, Outcome, Place, nursery
 
 TITLE = "What a training holds, from epoch to epoch"
 SETTLED = 2  # epochs after which what is used again and again is there
-GROWTH = {"MiB": 0.01, "objects": 200.0, "files": 0.5, "threads": 0.5}  # an epoch, at most
-HELD = {
-    "MiB": "memory in use, MiB",
-    "objects": "Python objects",
-    "files": "open files",
-    "threads": "threads",
+# What is held: its growth an epoch, and its most less its least, at most.
+BOUNDS = {
+    "memory in use, MiB": (0.01, math.inf),
+    "Python objects": (200, math.inf),
+    "open files": (0.5, 2),
+    "threads": (0.5, 2),
 }
 
 
@@ -42,9 +43,9 @@ def note_held(file: Path) -> None:
     mallinfo2.restype = _Mallinfo2
     now, process = mallinfo2(), psutil.Process()
     row = {
-        "MiB": (now.uordblks + now.hblkhd) / 2**20,
-        "objects": sys.getallocatedblocks(),
-        "files": process.num_fds(),
+        "memory in use, MiB": (now.uordblks + now.hblkhd) / 2**20,
+        "Python objects": sys.getallocatedblocks(),
+        "open files": process.num_fds(),
         "threads": process.num_threads(),
     }
     with file.open("a") as rows:
@@ -61,18 +62,20 @@ def run(place: Place) -> list[Outcome]:
         ], seconds=3600, faults={"held": str(file)})  # fmt: skip
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == epochs
-    return [_outcome(name, [row[name] for row in rows]) for name in HELD]
+    return [_outcome(name, [row[name] for row in rows]) for name in BOUNDS]
 
 
 def _outcome(name: str, held: list[float]) -> Outcome:
     """Of what one epoch after the other holds, whether it grows."""
     settled = held[SETTLED:]
     growth = statistics.linear_regression(range(len(settled)), settled).slope
+    slope, spread = BOUNDS[name]
+    steady = growth <= slope and max(settled) - min(settled) <= spread
     return Outcome(
-        HELD[name],
+        name,
         tried=1,
-        survived=int(growth <= GROWTH[name]),
+        survived=int(steady),
         lost=f"{growth:+.4f} an epoch",
         figures={"epochs": len(held), "at most": round(max(held), 1)},
-        failures=[] if growth <= GROWTH[name] else [f"{held}"],
+        failures=[] if steady else [f"{held}"],
     )
