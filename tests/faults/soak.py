@@ -1,7 +1,6 @@
 """Start, stop, kill and resume at random, for hours: what is left is exact."""
 
 import contextlib
-import itertools
 import os
 import random
 import shutil
@@ -73,8 +72,9 @@ class Soak:
         children, began = self.start(name, processes), time.monotonic()
         event = self.draw.choice(EVENTS)
         frozen = self.draw.random() < 0.3  # for a second, on the way
-        # Mostly short lives; some are long enough to see whether memory grows.
-        until = self.draw.choice([4, 8, 16, self.place.many(90, 12)]) * (0.5 + self.draw.random())
+        # A run of CI's size is over within seconds.
+        lives = [4, 8, 16, 90] if self.place.whole else [2, 4, 8]
+        until = self.draw.choice(lives) * (0.5 + self.draw.random())
         while time.monotonic() - began < until and any(not c.ended(0.25) for c in children):
             if frozen and time.monotonic() - began > until / 2:
                 frozen = False
@@ -118,17 +118,20 @@ def run(place: Place) -> list[Outcome]:
 
 
 def disturbed_runs(place: Place, nurse: Nursery) -> Outcome:
-    """One run after the other, for so long; Ctrl-C asks for what there is so far."""
+    """One run after the other, for so long, and until one was ended on its way and went on.
+
+    Ctrl-C asks for what there is so far.
+    """
     seconds, began = place.many(*SECONDS), time.monotonic()
     soak, exact_runs, used = Soak(place, nurse, random.Random(13)), 0, [0.0]
     shapes = [1, 2] if place.whole else [1]
     expected = {n: soak.undisturbed(f"whole-{n}", n) for n in shapes}
-    numbers = itertools.count()
+    runs = 0
     with contextlib.suppress(KeyboardInterrupt):
-        while time.monotonic() - began < seconds or not exact_runs + len(soak.failures):
-            number = next(numbers)
-            processes = shapes[number % len(shapes)]
-            name = f"soaked-{number}-on-{processes}"
+        while time.monotonic() - began < seconds or (soak.starts <= runs and not soak.failures):
+            processes = shapes[runs % len(shapes)]
+            name = f"soaked-{runs}-on-{processes}"
+            runs += 1
             try:
                 if soak.disturbed(name, processes) == expected[processes]:
                     exact_runs += 1
