@@ -83,9 +83,12 @@ def _train_and_test(curves: Curves, recipe: Recipe) -> str:
     words = f"{fit(train - test)} ({train:.2f} and {test:.2f} %)"
     plain = Recipe()
     harder = [word for k, word in HARDER.items() if getattr(recipe, k) != getattr(plain, k)]
-    if train >= test or not harder:
+    how = [f"on images made harder by {' and '.join(harder)}"] if harder else []
+    if recipe.ema_decay is not None:
+        how.append("with the weights before their averaging")
+    if train >= test or not how:
         return words
-    return f"{words}, being measured on images made harder by {' and '.join(harder)}"
+    return f"{words}, being measured {' and '.join(how)}"
 
 
 def _loss(curves: Curves, recipe: Recipe) -> str:

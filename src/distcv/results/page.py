@@ -23,7 +23,8 @@ mean ± sample standard deviation over n seeds. Of each network there are up to 
 - *ours*: the recipes that come with distcv.
 
 Time is that of training and evaluation, the mean over the runs; other programs may have run beside
-them. Train accuracy is measured while the epoch goes on, on augmented images and with dropout.
+them. Train accuracy is measured while the epoch goes on, on augmented images, with dropout and,
+where a recipe averages the weights, before that.
 
 This page is made of the files in [results/](../results) by `python -m distcv.results --tables` and
 verified by `python -m distcv.results --check`. The commands below a network's lines make its runs
