@@ -153,7 +153,7 @@ fi
 if ((nodes > 1)); then
     # The launcher says nothing while it waits for nodes, and in the end only how many came.
     echo "node $node_rank of $nodes: waiting for the others at $head:$port (if nothing follows, run" \
-        "--module distcv.doctor on all nodes: it names those that are missing)" >&2
+        "--module distcv.doctor and no flags on all nodes: it names those that are missing)" >&2
 fi
 
 # A stop is asked for by a file. The launcher doesn't hear of it: it would break off the processes,

@@ -270,6 +270,9 @@ def test_errors_are_found_in_boxes_that_are_drawn_without_utf8() -> None:
 def test_shell_completion(tmp_path: Path) -> None:
     script = tmp_path / "completion.sh"
     assert "--batch-size" in run("--tyro-print-completion", "zsh").stdout
+    assert "batch-size" in run("--tyro-print-completion", "fish").stdout
+    other = run("--tyro-print-completion", "tcsh")  # which tyro leaves to a package
+    assert other.returncode in (0, 2) and "Traceback" not in other.stderr
     script.write_text(run("--tyro-print-completion", "bash").stdout)
     asked = f"""
         source {script}

@@ -94,7 +94,7 @@ class Stub:
         place = f"{options['--main_process_ip']}:{options['--main_process_port']}"
         return (
             f"node {rank} of {nodes}: waiting for the others at {place} (if nothing follows, run "
-            "--module distcv.doctor on all nodes: it names those that are missing)\n"
+            "--module distcv.doctor and no flags on all nodes: it names those that are missing)\n"
         )
 
 

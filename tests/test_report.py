@@ -74,7 +74,7 @@ def test_the_table_holds_the_figures_of_the_result_files(made: Path) -> None:
     assert other["Last train accuracy"] == "98.70"
     assert other["Last test loss"] == "0.0333" and other["Last train loss"] == "0.1667"
     assert column["Time"] == "44 s" and column["Hardware"] == "AMD EPYC, 2 cores"
-    assert "the last epoch is 0.40 below the best" in other["Analysis"]
+    assert "the last epoch is 0.40 points below the best" in other["Analysis"]
 
 
 def test_html_and_markdown_hold_the_same(made: Path) -> None:
@@ -188,6 +188,16 @@ def test_a_run_that_has_just_begun_is_reported(
     text = (tmp_path / "out/report.md").read_text()
     assert "nothing was evaluated yet" in text and "no step yet" in text
     assert "No epoch was finished yet." in text
+
+
+def test_the_least_that_a_result_can_say_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "least", accuracies=(), finished=False)
+    (folder / "result.json").write_text('{"test_accuracy": 99.25, "seconds": 10.0}')
+    call(monkeypatch, folder, "--output", tmp_path / "out", "--data-dir", tmp_path)
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| Best test accuracy | 99.25 (epoch 3) |" in text and "| Epochs | 3 |" in text
 
 
 def test_of_a_run_that_goes_on_the_newest_epoch_counts_so_far(tmp_path: Path) -> None:

@@ -185,6 +185,55 @@ def test_results_of_an_earlier_state_of_a_recipe_go(measured: Path) -> None:
     assert problems(measured) == []
 
 
+def test_a_result_that_lacks_what_the_page_needs_takes_no_place(measured: Path) -> None:
+    before = (measured / "results/gap.json").read_text()
+    path = measured.parent / "runs/gap-0/result.json"
+    result = json.loads(path.read_text())
+    del result["best_test_accuracy"], result["epochs"]
+    path.write_text(json.dumps(result))
+    assert gather(measured) == [
+        f"{measured}/results/gap.json: seeds 0, 1",
+        f"left out {path.parent}: its result has no best_test_accuracy, epochs",
+    ]
+    assert (measured / "results/gap.json").read_text() == before
+    assert problems(measured) == []
+
+
+def test_what_computed_a_part_of_a_run_is_among_its_options(clone: Path) -> None:
+    path = finish(clone, "gap", 0, ACCURACIES[0]) / "environment.json"
+    starts = json.loads(path.read_text())["starts"]
+    resumed = starts[0] | {"options": {"compile": False}}
+    path.write_text(json.dumps({"starts": [*starts, resumed]}))
+    gather(clone)
+    (result,) = json.loads((clone / "results/gap.json").read_text())
+    assert result["options"] == ["compile"]
+    head = (clone / "configs/gap.yaml").read_text()
+    assert "on AMD EPYC, 2 cores, fp32, torch 2.15.0, with --compile.\n" in head
+
+
+def test_a_recipe_on_other_data_is_no_row_of_the_network_s_document(clone: Path) -> None:
+    gap = load_recipe("gap").model_dump(mode="json") | {"epochs": 3}
+    change_recipe(clone, "mine", **gap | {"dataset": "fashion_mnist"})
+    change_recipe(clone, "faster", **gap | {"lr": 0.2})
+    finish(clone, "mine", 0, (80.0, 85.0, 90.0))
+    finish(clone, "faster", 0, ACCURACIES[0])
+    gather(clone)
+    page = (clone / "docs/results.md").read_text()
+    assert "mine" not in page and "`faster`: 99.31 % (n = 1; " in page
+    assert "aim" not in page.split("`faster`: 99.31")[1].split("\n")[0], "it has none of its own"
+    assert "# Accuracy: 90.00 %, n = 1 seed" in (clone / "configs/mine.yaml").read_text()
+    assert problems(clone) == []
+
+
+def test_a_recipe_that_does_not_tell_its_command_is_named(clone: Path) -> None:
+    (clone / "configs/mine.yaml").write_text("model: gap\nlr: 0.3\n")
+    wrong = "configs/mine.yaml: no line that tells its command: put '# Command:  python -m "
+    assert [line[: len(wrong)] for line in problems(clone)] == [wrong]
+    ended = run(clone, "--tables")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"error: {wrong}") and ended.stderr.count("\n") == 1
+
+
 def test_of_two_runs_with_one_seed_the_user_chooses(measured: Path) -> None:
     again = finish(measured, "gap", 1, (97.0, 98.0, 99.9), at="lucky")
     with pytest.raises(InputError, match=f"runs of gap with the same seed: .*, {again}: name one"):
@@ -323,9 +372,9 @@ def test_what_runs_ran_on_is_in_their_row_and_command() -> None:
     assert (one.hardware, one.time) == ("AMD EPYC, 2 cores, 1 thread", "1 min 30 s")
     other = Measured("gap", load_recipe("gap"), [second], {})
     assert (other.hardware, other.time) == ("2 x NVIDIA H100 (ddp)", "4 s")
-    assert command(other, 5) == (
-        "for seed in 1; do accelerate launch --num_processes 2 -m distcv.train --recipe gap "
-        "--seed $seed --name gap-$seed --compile --sync-bn; done\n"
+    assert command(other) == (
+        "for seed in 1; do accelerate launch --config_file launch/ddp.yaml --num_processes 2 "
+        "-m distcv.train --recipe gap --seed $seed --name gap-$seed --compile --sync-bn; done\n"
     )
     both = Measured("gap", load_recipe("gap"), [first, second], {})
     assert both.hardware == f"{one.hardware} or {other.hardware}"
@@ -348,14 +397,13 @@ OVERFITTED = [curve((98.0, 98.5, 0.05), (99.9, 99.2, 0.02), (100.0, 99.1, 0.03))
         (
             OVERFITTED,
             "overfits: train is 0.90 points above test (100.00 and 99.10 %); test loss rises from "
-            "0.0200 (epoch 2) to 0.0300; the best epoch (epoch 2) of 3 is 0.10 "
-            "points above the last",
+            "0.0200 (epoch 2) to 0.0300; the last epoch is 0.10 points below the best (epoch 2)",
         ),
         (
             SHIFTED,
             "no overfitting: train is 0.50 points below test (99.00 and 99.50 %), being measured "
             "on images made harder by shifts and rotations and zoom; test loss ends at 0.0200, its "
-            "lowest is 0.0200 (epoch 2); the best epoch (epoch 2) of 2 is the last",
+            "lowest is 0.0200 (epoch 2); no epoch is better than the last",
         ),
     ],
 )

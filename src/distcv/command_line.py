@@ -155,7 +155,7 @@ def parse_known_arguments(
         if stop.code in (0, None):
             raise
         raise InputError(_first_line_of_box(said.getvalue())) from None
-    except (AssertionError, OSError) as error:  # no such shell, or no place for its script
+    except (AssertionError, ImportError, OSError) as error:  # no such shell, or no place for it
         raise InputError(f"{args[0]}: {error}") from None
 
 

@@ -248,19 +248,21 @@ def report(found: dict[str, Any]) -> list[str]:
 def verdict(figure: dict[str, Any]) -> str:
     """What the difference in test accuracy shows, in words."""
     difference, interval = figure["difference"], figure["interval"]
+    differ = interval is not None and not interval[0] <= 0 <= interval[1]
+    digits = 4 if differ and abs(difference) < 0.005 else 2
     side = "above" if difference > 0 else "below"
-    words = f"B is {abs(difference):.2f} points of test accuracy {side} A"
-    if round(difference, 2) == 0:
+    words = f"B is {abs(difference):.{digits}f} points of test accuracy {side} A"
+    if round(difference, digits) == 0:
         words = "B has the test accuracy of A"
     if len(figure["a"]["values"]) == 1 or len(figure["b"]["values"]) == 1:
         return f"{words}; a single run has no interval: this may be chance"
     if interval is None:
         return f"{words}; nothing varies over these seeds: more of them are needed for an interval"
     low, high = interval
-    ends = f"{words}; the 95 % interval, {low:+.2f} to {high:+.2f},"
-    if low <= 0 <= high:
-        return f"{ends} includes 0: no difference is shown"
-    return f"{ends} excludes 0: the two differ"
+    ends = f"{words}; the 95 % interval, {low:+.{digits}f} to {high:+.{digits}f},"
+    if differ:
+        return f"{ends} excludes 0: the two differ"
+    return f"{ends} includes 0: no difference is shown"
 
 
 def _row(name: str, *cells: str) -> str:

@@ -299,7 +299,11 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def validated(build: Callable[[], T], where: str = "") -> T:
-    """Call ``build``; turn pydantic's report into one line that names the field and the value."""
+    """Call ``build``; turn pydantic's report into one line that names the field and the value.
+
+    Raises:
+        InputError: what pydantic reports, after ``where``.
+    """
     try:
         return build()
     except ValidationError as error:

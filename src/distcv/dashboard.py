@@ -149,7 +149,7 @@ def _speed(panels: Any) -> list[Any]:
     plots = {
         "train/images_per_second": ("Throughput", "images/s"),
         "train/mfu": ("Model FLOPs utilization", "%"),
-        "train/memory_mib": ("Highest memory of a process", "MiB"),
+        "train/memory_mib": ("Memory of the first process", "MiB"),
         "train/grad_norm": ("Norm of the gradient", "L2"),
         "train/lr": ("Learning rate", "lr"),
     }

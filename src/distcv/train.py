@@ -330,6 +330,7 @@ def make_result(
         "images_per_second": progress.step * recipe.batch_size / progress.train_seconds,
         "device": runtime.device_name,
         "processes": runtime.processes,
+        "nodes": start["nodes"],
         "strategy": runtime.strategy.name,
         "precision": recipe.precision,
         "commit": start["commit"],

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from distcv.results import short_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results/faults"
@@ -16,9 +19,10 @@ SUITES = (
 HEAD = """\
 # Reliability
 
-What was done to trainings, how often, and what was lost. `python tests/faults` tries all of it
-again and writes this page from its results in [results/faults/](../results/faults); CI tries a
-smaller number of each kind. Nothing here is typed in.
+What was done to trainings, how often, and what was lost. `python tests/faults` tries it again,
+`python tests/faults --mutants` what its last section tells; both write this page from their results
+in [results/faults/](../results/faults). CI tries a smaller number of each kind. Nothing here is
+typed in.
 
 A run is *exact* if one SHA-256 over its weights, its optimizer state and the list of the samples of
 each step is that of the same run left alone. What may be lost is work since the last checkpoint: it
@@ -63,7 +67,9 @@ def _mutants() -> list[str]:
     for one in held["mutants"]:
         rows.append(f"| {one['without']} | `{one['suite']}` | {'yes' if one['found'] else 'NO'} |")
     killed = sum(one["found"] is not None for one in held["mutants"])
-    rows += ["", f"Noticed: {killed} of {len(held['mutants'])}.", "", _measured("mutants", held)]
+    rows += ["", f"Noticed: {killed} of {len(held['mutants'])}.", ""]
+    commits = (one["commit"] for one in held["mutants"])
+    rows.append(_measured("mutants", held, commits))
     return [MUTANTS_HEAD, *rows]
 
 
@@ -96,9 +102,10 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _measured(name: str, held: dict[str, Any]) -> str:
+def _measured(name: str, held: dict[str, Any], commits: Iterable[str] = ()) -> str:
+    """Where and with what a file's rows were measured; ``commits`` are theirs, if not its own."""
     took = f"{held['seconds']:,.0f} s, " if "seconds" in held else ""
     cores = f"{held['cores']} core{'s' * (held['cores'] > 1)}"
     machine = f"{cores} of {held['cpu']}, torch {held['versions']['torch']}"
-    commit = held["commit"][:12] + held["commit"][40:]
-    return f"[{name}.json](../results/faults/{name}.json): {took}{machine}, commit {commit}.\n"
+    of = ", ".join(dict.fromkeys(map(short_commit, commits or [held["commit"]])))
+    return f"[{name}.json](../results/faults/{name}.json): {took}{machine}, commit {of}.\n"

@@ -19,7 +19,7 @@ COURSE = (
     ("lr", "Learning rate", "Learning rate of the step."),
     ("grad_norm", "Gradient norm", "L2 norm of the whole gradient, before clipping."),
     ("images_per_second", "Throughput, images/s", "Training alone, between two log points."),
-    ("memory_mib", "Memory, MiB", "Highest so far, of the first process."),
+    ("memory_mib", "Memory, MiB", "Of the first process; on a GPU, the highest of tensors so far."),
 )
 MOST_POINTS = 250  # of a line; a screen has no more
 

@@ -124,7 +124,10 @@ def heat_maps(group: Group, name: str, images: Images) -> list[Block]:
             if not ids:
                 blocks.append(Text(f"{group.label}: none predicted {words} was found."))
                 continue
-            heat, logits = grad_cam(network.network, network.logits, data.test_images[ids])
+            try:
+                heat, logits = grad_cam(network.network, network.logits, data.test_images[ids])
+            except ValueError as error:
+                return [Text(f"{record.name}: {error}.")]
             shares, guesses = logits.softmax(dim=1).max(dim=1)
             pictures, sheet = [], []
             for place, sample in enumerate(ids):
@@ -191,7 +194,7 @@ def overlaid(image: "Tensor", heat: "Tensor") -> Any:
 
 
 def encoded(pixels: Any) -> bytes:
-    """The pixels as PNG."""
+    """Pixels, (H, W) of grey or (H, W, 3) of colours, as PNG."""
     from PIL import Image
 
     held = io.BytesIO()
@@ -200,7 +203,7 @@ def encoded(pixels: Any) -> bytes:
 
 
 def contact_sheet(pictures: Sequence[tuple[Any, list[str]]]) -> bytes:
-    """All pictures with their words below them in one PNG."""
+    """All pictures, (H, W) or (H, W, 3), with their words below them in one PNG."""
     import matplotlib
     from matplotlib.figure import Figure
 

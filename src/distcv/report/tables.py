@@ -9,7 +9,7 @@ from distcv.report.page import Table
 from distcv.report.records import Group, Record, finite
 from distcv.results import duration, short_commit, spread
 from distcv.results import hardware as hardware_in_words
-from distcv.results.analysis import fit
+from distcv.results.analysis import behind, fit
 
 NONE = "–"
 Point = tuple[float, float]  # epoch, value
@@ -92,9 +92,12 @@ def _last(record: Record) -> float:
 
 
 def _best(record: Record) -> Point:
-    if "best_epoch" in record.result:
-        return record.result["best_epoch"], record.result["best_test_accuracy"]
-    return max(finite(record.epochs, "test_accuracy"), key=lambda point: point[1])
+    result = record.result
+    if {"best_epoch", "best_test_accuracy"} <= result.keys():
+        return result["best_epoch"], result["best_test_accuracy"]
+    points = finite(record.epochs, "test_accuracy")
+    points = points or [(record.run.recipe.epochs, _last(record))]
+    return max(points, key=lambda point: point[1])
 
 
 def _points(group: Group, key: str) -> list[list[Point]]:
@@ -123,7 +126,7 @@ def _target(accuracies: list[float], target: float) -> str:
 
 def _epochs(group: Group) -> str:
     planned = group.records[0].run.recipe.epochs
-    done = sorted({f"{record.result['epochs']:.6g}" for record in group.finished})
+    done = sorted({f"{epochs:.6g}" for epochs in group.results("epochs")})
     if done and done != [f"{planned}"]:
         return f"{' or '.join(done)} (of {planned})"
     return f"{planned}"
@@ -162,11 +165,8 @@ def analysis(group: Group) -> str:
     if not pairs:
         return NONE
     gap = statistics.mean(train - test for train, test in pairs)
-    words = fit(gap)
     lost = statistics.mean(_best(record)[1] - _last(record) for record in group.shown)
-    if lost > 0.005:
-        return f"{words}; the last epoch is {lost:.2f} below the best"
-    return f"{words}; the last epoch is the best"
+    return f"{fit(gap)}; {behind(lost)}"
 
 
 def summary(group: Group, target: float | None) -> tuple[str, str]:
@@ -189,7 +189,9 @@ def summary(group: Group, target: float | None) -> tuple[str, str]:
     if sizes := group.results("params"):
         words += f", {sizes[0]:,} parameters"
     if len(set(map(hardware_of, group.finished))) == 1:
-        words += f", {duration(statistics.mean(group.results('seconds')))} of training"
+        words += (
+            f", {duration(statistics.mean(group.results('seconds')))} of training and evaluation"
+        )
     words += f" on {hardware(group)}."
     return accuracy, words + (f" Target {_target(last, target)}." if target is not None else "")
 

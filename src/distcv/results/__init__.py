@@ -133,7 +133,11 @@ def main() -> int:
 
 
 def show(arguments: Arguments) -> None:
-    """Print the table of runs, and write them to the files that are asked for."""
+    """Print the table of runs, and write them to the files that are asked for.
+
+    Raises:
+        InputError: there are no runs, or a file can't be read or written.
+    """
     from distcv.results.files import collect, write_results
     from distcv.results.listing import report
 

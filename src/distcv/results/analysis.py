@@ -30,6 +30,14 @@ def fit(gap: float) -> str:
     return f"no overfitting: train is {abs(gap):.2f} points {side} test"
 
 
+def behind(lost: float) -> str:
+    """How the last epoch stands to the best one, by the accuracy in points that it lacks."""
+    if lost <= 0:
+        return "no epoch is better than the last"
+    digits = 2 if lost >= 0.005 else 3
+    return f"the last epoch is {lost:.{digits}f} points below the best"
+
+
 def target(said: Document) -> str:
     """Our aims beside the document's."""
     aim = said.aim
@@ -108,10 +116,7 @@ def _best(curves: Curves) -> str:
     lost = statistics.mean(
         b["test_accuracy"] - row["test_accuracy"] for b, row in zip(best, last, strict=True)
     )
-    words = f"the best epoch ({_epochs(best)}) of {last[0]['epoch']:g}"
-    return (
-        f"{words} is {lost:.2f} points above the last" if lost >= 0.005 else f"{words} is the last"
-    )
+    return behind(lost) + (f" ({_epochs(best)})" if lost > 0 else "")
 
 
 def _epochs(rows: Sequence[dict[str, float]]) -> str:

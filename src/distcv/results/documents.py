@@ -42,10 +42,6 @@ class Document(Strict):
     further_aims: dict[str, Aim] = Field(default_factory=dict)
     """Those of our other recipes for the network, by their names."""
 
-    def aim_of(self, recipe: str) -> Aim:
-        """What this recipe of ours is to reach."""
-        return self.further_aims.get(recipe, self.aim)
-
 
 def read_documents(clone: Path) -> dict[str, Document]:
     """The sections, by the name of the recipe that is ours.

@@ -136,19 +136,23 @@ def collect(runs: list[Run], clone: Path) -> list[str]:
     Raises:
         InputError: two runs of one recipe and seed; a file can't be read or written.
     """
-    finished = [run for run in runs if run.result is not None and _is_of(run.result, run.recipe)]
-    said, known = [], recipes(clone)
-    for name, recipe in known.items():
-        own = [run for run in finished if without_seed(run.recipe) == without_seed(recipe)]
-        if own:
-            said.append(_add(clone, read_measured(clone, name, recipe), own))
-    plain = {without_seed(recipe) for recipe in known.values()}
+    known, added, left_out = recipes(clone), [], []
+    names = {without_seed(recipe): name for name, recipe in known.items()}
+    own: dict[str, list[Run]] = {}
     for run in runs:
-        if run.result is not None and run not in finished:
-            said.append(f"left out {run.folder}: its result is not that of its config.yaml")
-        elif run in finished and without_seed(run.recipe) not in plain:
-            said.append(f"left out {run.folder}: of no recipe in configs/")
-    return said
+        if run.result is None:
+            continue
+        if not _is_of(run.result, run.recipe):
+            left_out.append(f"left out {run.folder}: its result is not that of its config.yaml")
+        elif missing := sorted(RESULT - run.result.keys()):
+            left_out.append(f"left out {run.folder}: its result has no {', '.join(missing)}")
+        elif (plain := without_seed(run.recipe)) not in names:
+            left_out.append(f"left out {run.folder}: of no recipe in configs/")
+        else:
+            own.setdefault(names[plain], []).append(run)
+    for name, mine in own.items():
+        added.append(_add(clone, read_measured(clone, name, known[name]), mine))
+    return added + left_out
 
 
 def _add(clone: Path, measured: Measured, runs: list[Run]) -> str:
@@ -181,11 +185,10 @@ def _is_of(result: Row, recipe: Recipe) -> bool:
 
 
 def _result(run: Run) -> Row:
-    """A run's result, but for details, with those options that changed how it was computed."""
+    """A run's result, but for details, with options that changed how some of it was computed."""
     figures = {k: v for k, v in (run.result or {}).items() if k not in DETAILS}
     starts = read_starts(run.folder)
-    last = starts[-1].get("options", {}) if starts else {}
-    options = [name for name in OPTIONS if last.get(name)]
+    options = [name for name in OPTIONS if any(s.get("options", {}).get(name) for s in starts)]
     return figures | ({"options": options} if options else {})
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from distcv.models import MODELS
 from distcv.results import duration, short_commit, spread
 from distcv.results.analysis import NOT_YET, analysis, result, target, what_helped
-from distcv.results.documents import Document
+from distcv.results.documents import Aim, Document
 from distcv.results.files import NONE, Measured
 
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
@@ -34,8 +34,8 @@ again; those in `runs/` become rows by
 python -m distcv.results runs --collect
 ```
 
-Under Slurm, `sbatch --array=0-4 slurm/seeds.sh --recipe NAME` does what the loop over seeds does.
-To look into runs, make [a report](reporting.md) of them.
+Under Slurm, `sbatch --array=0-4 slurm/seeds.sh --recipe NAME`, with a loop's seeds and flags, does
+what the loop does. To look into runs, make [a report](reporting.md) of them.
 
 """
 
@@ -48,7 +48,11 @@ class System(NamedTuple):
     reproduced: list[Measured]
     """The document's recipe, or nothing."""
     ours: list[Measured]
-    """Our recipes of this network, first the one of its name."""
+    """Our recipes of this network and its data, first the one of its name."""
+
+    def aim_of(self, recipe: str) -> Aim | None:
+        """What a recipe is to reach, if anything."""
+        return ({self.name: self.said.aim} | self.said.further_aims).get(recipe)
 
 
 def page(systems: list[System]) -> str:
@@ -82,7 +86,7 @@ def section(system: System) -> str:
         *(("ours", m) for m in system.ours),
     ]
     rows = [_row_of_document(said), *(_row(kind, m) for kind, m in measured)]
-    results = [f"`{m.name}`: {result(m, said, said.aim_of(m.name))}" for m in system.ours]
+    results = [f"`{m.name}`: {result(m, said, system.aim_of(m.name))}" for m in system.ours]
     results += [f"`{m.name}`: {result(m, said)}" for m in system.reproduced]
     analyses = [f"`{m.name}`: {analysis(m)}" for m in (*system.ours, *system.reproduced)]
     for theirs in system.reproduced:
@@ -96,16 +100,19 @@ def section(system: System) -> str:
         f"- Result: {'. '.join(results)}.\n"
         f"- Analysis: {'. '.join(analyses)}.\n"
         f"- The document: {_in_its_words(said)}\n\n"
-        f"```sh\n{''.join(command(m, said.aim_of(m.name).runs) for _, m in measured)}```\n"
+        f"```sh\n{''.join(command(m, system.aim_of(m.name)) for _, m in measured)}```\n"
     )
 
 
-def command(measured: Measured, runs: int) -> str:
-    """The shell line that repeats a recipe's runs, or makes so many if there are none yet."""
-    results = measured.results or [{"seed": seed} for seed in range(runs)]
+def command(measured: Measured, aim: Aim | None = None) -> str:
+    """The shell line that repeats a recipe's runs, or makes those of its aim if there are none."""
+    results = measured.results or [{"seed": seed} for seed in range(aim.runs if aim else 1)]
     seeds = " ".join(str(r["seed"]) for r in results)
-    processes = max(r.get("processes", 1) for r in results)
-    launch = f"accelerate launch --num_processes {processes}" if processes > 1 else "python"
+    most = max(results, key=lambda r: int(r.get("processes", 1)))
+    launch = "python"
+    if (processes := most.get("processes", 1)) > 1:
+        file = "cpu" if most["device"] == "cpu" else most["strategy"]
+        launch = f"accelerate launch --config_file launch/{file}.yaml --num_processes {processes}"
     return (
         f"for seed in {seeds}; do {launch} -m distcv.train --recipe {measured.name} --seed $seed "
         f"--name {measured.name}-$seed{measured.flags}; done\n"

@@ -56,7 +56,7 @@ def tables(clone: Path) -> dict[Path, str]:
 def systems_of(known: dict[str, Measured], documents: dict[str, Document]) -> list[System]:
     """Recipes by the networks of the documents.
 
-    A recipe beside them belongs to the network that has its model's name.
+    A recipe beside them belongs to the network that has its model's name, if it has its data.
 
     Raises:
         InputError: a network of the documents has no recipe.
@@ -68,7 +68,8 @@ def systems_of(known: dict[str, Measured], documents: dict[str, Document]) -> li
         if name not in known:
             raise InputError(f"results/documents.yaml: no configs/{name}.yaml: add the recipe")
         reproduced = [known[theirs]] if (theirs := name + OF_DOCUMENT) in known else []
-        more = [measured for measured in others if measured.recipe.model == name]
+        own = name, known[name].recipe.dataset
+        more = [m for m in others if (m.recipe.model, m.recipe.dataset) == own]
         systems.append(System(name, said, reproduced, [known[name], *more]))
     return systems
 
@@ -100,6 +101,6 @@ def sentence(gap: Measured) -> str:
     return (
         f"It reaches test accuracy {spread(gap.accuracies)} % (mean ± standard deviation, "
         f"n = {len(gap.results)} seeds, last epoch),\nwithout test-time augmentation, in "
-        f"{gap.time} of training on {gap.hardware}{flags}\n([results/gap.json]"
+        f"{gap.time} of training and evaluation on {gap.hardware}{flags}\n([results/gap.json]"
         "(results/gap.json)).\n"
     )

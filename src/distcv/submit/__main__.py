@@ -151,7 +151,11 @@ def processes_per_node(job: Job, command: list[str]) -> int:
 
 
 def batch_line(recipe: Recipe, nodes: int, per_node: int) -> str:
-    """How the batch is dealt out, which training refuses if a process would get no sample."""
+    """How the batch is dealt out, which training refuses if a process would get no sample.
+
+    Raises:
+        InputError: training would refuse it.
+    """
     batch, parts = recipe.batch_size, recipe.gradient_accumulation_steps
     processes = nodes * per_node
     if batch < processes * parts:
@@ -180,7 +184,11 @@ def folder_line(folder: Path, recipe: Recipe) -> str:
 
 
 def time_line(limit: str, signal: str | None) -> str:
-    """The time limit, and how long before it the training is told to save."""
+    """The time limit, and how long before it the training is told to save.
+
+    Raises:
+        InputError: it is over before that.
+    """
     if signal is None:
         return f"limit {limit}"
     ahead = re.search(r"@(\d+)$", signal)

@@ -93,7 +93,11 @@ def directives(text: str, where: str) -> dict[str, str]:
 
 
 def split_words(text: str, where: str) -> list[str]:
-    """Words as a shell splits them, without a comment at the end."""
+    """Words as a shell splits them, without a comment at the end.
+
+    Raises:
+        InputError: a quotation is not closed; ``where`` says of what.
+    """
     try:
         return shlex.split(text, comments=True)
     except ValueError as error:
@@ -116,7 +120,11 @@ def options_in(words: list[str]) -> dict[str, str]:
 
 
 def task_numbers(array: str) -> list[int]:
-    """The task numbers of `--array`: `0-3`, `1,5-9%2` or `0-15:4`."""
+    """The task numbers of `--array`: `0-3`, `1,5-9%2` or `0-15:4`.
+
+    Raises:
+        InputError: it is none of these.
+    """
     numbers: list[int] = []
     for part in array.split("%")[0].split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part)
