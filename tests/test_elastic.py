@@ -149,6 +149,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
 REFUSED = [
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, [], "accelerate launch has started"),
     (FSDP2 | {"FSDP_VERSION": "1"}, [], "fsdp_version 1 is not supported"),
+    (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, [], "fsdp_offload_params is not supported"),
     (ZERO, ["--optimizer", "muon"], "optimizer muon works on whole matrices"),
     (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, [], "zero_stage 0"),
     (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, [], "deepspeed_config_file"),

@@ -31,7 +31,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signalled = self.saving = False
         self.launcher = os.getppid() if launched() else None
-        self.in_script = JOB_STOP_FILE in os.environ
+        self.in_script = bool(os.environ.get(JOB_STOP_FILE))
         self.answers: dict[Path, Path] = {}  # of the files that ask: where each is answered
         if self.in_script:
             file = Path(os.environ[JOB_STOP_FILE])

@@ -91,6 +91,7 @@ class Saver:
         if path is None:
             return None
         before = restore(self.training, checkpoint.load(path)).rolled_back(recipe)
+        runtime.wait()  # until all have read what is written anew below
         runtime.on_main(lambda: folder.cut_metrics(before.step))
         self.console.say(
             f"{why}; rolled back to step {before.step}, learning rate times {before.lr_factor:g}"

@@ -60,6 +60,13 @@ def _fsdp2(recipe: Recipe) -> WholeCopies:
             f"fsdp_version {os.environ.get('FSDP_VERSION', '1')} is not supported: set it to 2, as "
             "in launch/fsdp2.yaml"
         )
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise InputError("fsdp_offload_params is not supported: set it to false in the launch file")
+    if stay_on_cpu() and torch.accelerator.is_available():
+        raise InputError(
+            "FSDP2 takes the GPU although the launch file says use_cpu: hide it by "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
     from distcv.runtime.fsdp import Fsdp2
 
     return Fsdp2(recipe)
