@@ -122,6 +122,19 @@ def _hidden(model: nn.Module) -> str:
     return [name for name, p in model.named_parameters() if p.ndim == 4][5]
 
 
+def test_muon_s_state_is_loaded_onto_the_device_of_the_weights() -> None:
+    recipe, network = Recipe(optimizer="muon"), build_model("tiny_v3", channels=1, classes=10)
+    optimizer = OPTIMIZERS["muon"](network, recipe)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()["state"]
+    elsewhere = OPTIMIZERS["muon"](network.to("meta"), recipe)
+    elsewhere.load_state_dict(elsewhere.state_dict() | {"state": saved})
+    loaded = [value for state in elsewhere.state.values() for value in state.values()]
+    assert loaded and {value.device.type for value in loaded} == {"meta"}
+
+
 def test_weight_decay_spares_vectors_unless_asked() -> None:
     model = build_model("resnet18", channels=3, classes=10)
     decayed, spared = parameter_groups(model, Recipe(weight_decay=0.1))

@@ -109,6 +109,7 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         self.bf16 = bf16
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas}
+        defaults["fused"] = True  # by which load_state_dict puts the counters on the device
         super().__init__(groups, defaults)
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,7 @@ def _mutants() -> list[str]:
     for one in held["mutants"]:
         rows.append(f"| {one['without']} | `{one['suite']}` | {'yes' if one['found'] else 'NO'} |")
     killed = sum(one["found"] is not None for one in held["mutants"])
-    rows += ["", f"Noticed: {killed} of {len(held['mutants'])}.", ""]
-    commits = (one["commit"] for one in held["mutants"])
-    rows.append(_measured("mutants", held, commits))
+    rows += ["", f"Noticed: {killed} of {len(held['mutants'])}.", "", _measured("mutants", held)]
     return [MUTANTS_HEAD, *rows]
 
 
@@ -102,10 +99,11 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _measured(name: str, held: dict[str, Any], commits: Iterable[str] = ()) -> str:
-    """Where and with what a file's rows were measured; ``commits`` are theirs, if not its own."""
+def _measured(name: str, held: dict[str, Any]) -> str:
+    """Where and with what a file was measured, mutants each by the program of its own commit."""
     took = f"{held['seconds']:,.0f} s, " if "seconds" in held else ""
     cores = f"{held['cores']} core{'s' * (held['cores'] > 1)}"
     machine = f"{cores} of {held['cpu']}, torch {held['versions']['torch']}"
-    of = ", ".join(dict.fromkeys(map(short_commit, commits or [held["commit"]])))
+    rows = held.get("mutants", [held])
+    of = ", ".join(dict.fromkeys(short_commit(row["commit"]) for row in rows))
     return f"[{name}.json](../results/faults/{name}.json): {took}{machine}, commit {of}.\n"

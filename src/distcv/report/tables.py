@@ -95,8 +95,8 @@ def _best(record: Record) -> Point:
     result = record.result
     if {"best_epoch", "best_test_accuracy"} <= result.keys():
         return result["best_epoch"], result["best_test_accuracy"]
-    points = finite(record.epochs, "test_accuracy")
-    points = points or [(record.run.recipe.epochs, _last(record))]
+    known = finite(record.epochs, "test_accuracy")
+    points = known or [(record.run.recipe.epochs, _last(record))]
     return max(points, key=lambda point: point[1])
 
 

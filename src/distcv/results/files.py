@@ -68,6 +68,11 @@ class Measured(NamedTuple):
         return "".join(f" --{name.replace('_', '-')}" for name in options)
 
     @property
+    def with_flags(self) -> str:
+        """Those flags in a sentence, as `, with --compile`, or nothing."""
+        return f", with{self.flags}" if self.flags else ""
+
+    @property
     def time(self) -> str:
         """Mean of training and evaluation, as `43 s`; a dash where the hardware wasn't the same."""
         if not self.results or " or " in self.hardware:
@@ -136,23 +141,24 @@ def collect(runs: list[Run], clone: Path) -> list[str]:
     Raises:
         InputError: two runs of one recipe and seed; a file can't be read or written.
     """
-    known, added, left_out = recipes(clone), [], []
-    names = {without_seed(recipe): name for name, recipe in known.items()}
-    own: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.result is None:
-            continue
-        if not _is_of(run.result, run.recipe):
-            left_out.append(f"left out {run.folder}: its result is not that of its config.yaml")
-        elif missing := sorted(RESULT - run.result.keys()):
-            left_out.append(f"left out {run.folder}: its result has no {', '.join(missing)}")
-        elif (plain := without_seed(run.recipe)) not in names:
-            left_out.append(f"left out {run.folder}: of no recipe in configs/")
-        else:
-            own.setdefault(names[plain], []).append(run)
-    for name, mine in own.items():
-        added.append(_add(clone, read_measured(clone, name, known[name]), mine))
-    return added + left_out
+    said, known = [], recipes(clone)
+    plain = {without_seed(recipe) for recipe in known.values()}
+    finished = [(run, _unfit(run.result, run.recipe, plain)) for run in runs if run.result]
+    fit = [run for run, why in finished if not why]
+    for name, recipe in known.items():
+        own = [run for run in fit if without_seed(run.recipe) == without_seed(recipe)]
+        if own:
+            said.append(_add(clone, read_measured(clone, name, recipe), own))
+    return said + [f"left out {run.folder}: {why}" for run, why in finished if why]
+
+
+def _unfit(result: Row, recipe: Recipe, plain: set[Recipe]) -> str:
+    """Why a finished run becomes no row, if so; ``plain`` are the recipes that there are."""
+    if not _is_of(result, recipe):
+        return "its result is not that of its config.yaml"
+    if missing := sorted(RESULT - result.keys()):
+        return f"its result has no {', '.join(missing)}"
+    return "" if without_seed(recipe) in plain else "of no recipe in configs/"
 
 
 def _add(clone: Path, measured: Measured, runs: list[Run]) -> str:

@@ -16,7 +16,7 @@ def with_head(text: str, measured: Measured, said: Document | None) -> str:
         InputError: it has no line for them to stand behind.
     """
     lines = text.splitlines()
-    end = next(i for i, line in enumerate([*lines, ""]) if not line.startswith("#"))
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     kept, generated = [], False
     for line in lines[:end]:
         goes_on = generated and line.startswith("#    ")
@@ -55,7 +55,6 @@ def head_lines(measured: Measured, said: Document | None) -> list[str]:
         f"# Accuracy: {spread(measured.accuracies)} %, n = {n} seed{'s' * (n > 1)}, last epoch, "
         "no test-time augmentation.",
         f"# Time:     {measured.time} of training and evaluation on {measured.hardware}, "
-        f"{measured.recipe.precision}, torch {' and '.join(torch)}"
-        f"{', with' * bool(measured.flags)}{measured.flags}.",
+        f"{measured.recipe.precision}, torch {' and '.join(torch)}{measured.with_flags}.",
         f"# Results:  results/{measured.name}.json",
     ]

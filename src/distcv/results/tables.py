@@ -97,10 +97,9 @@ def sentence(gap: Measured) -> str:
     """What the README says of its main command."""
     if not gap.results:
         return f"Its accuracy is {NOT_YET}.\n"
-    flags = f", with{gap.flags}" if gap.flags else ""
     return (
         f"It reaches test accuracy {spread(gap.accuracies)} % (mean ± standard deviation, "
         f"n = {len(gap.results)} seeds, last epoch),\nwithout test-time augmentation, in "
-        f"{gap.time} of training and evaluation on {gap.hardware}{flags}\n([results/gap.json]"
-        "(results/gap.json)).\n"
+        f"{gap.time} of training and evaluation\non {gap.hardware}{gap.with_flags} "
+        "([results/gap.json](results/gap.json)).\n"
     )

@@ -62,11 +62,7 @@ def _fsdp2(recipe: Recipe) -> WholeCopies:
         )
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise InputError("fsdp_offload_params is not supported: set it to false in the launch file")
-    if stay_on_cpu() and torch.accelerator.is_available():
-        raise InputError(
-            "FSDP2 takes the GPU although the launch file says use_cpu: hide it by "
-            "CUDA_VISIBLE_DEVICES=''"
-        )
+    _need_agreed_device("FSDP2")
     from distcv.runtime.fsdp import Fsdp2
 
     return Fsdp2(recipe)
@@ -89,11 +85,7 @@ def _zero(recipe: Recipe) -> WholeCopies:
             raise InputError(
                 f"offload_{what.lower()}_device is not supported: set it to none in the launch file"
             )
-    if stay_on_cpu() and torch.accelerator.is_available():
-        raise InputError(
-            "DeepSpeed takes the GPU although the launch file says use_cpu: hide it by "
-            "CUDA_VISIBLE_DEVICES=''"
-        )
+    _need_agreed_device("DeepSpeed")
     if recipe.optimizer == "muon":
         raise InputError(
             "optimizer muon works on whole matrices, of which DeepSpeed makes one flat row: "
@@ -110,6 +102,14 @@ def _zero(recipe: Recipe) -> WholeCopies:
 def _need_launcher(what: str) -> None:
     if "LOCAL_RANK" not in os.environ:
         raise InputError(f"{what} needs processes that accelerate launch has started")
+
+
+def _need_agreed_device(what: str) -> None:
+    if stay_on_cpu() and torch.accelerator.is_available():
+        raise InputError(
+            f"{what} takes the GPU although the launch file says use_cpu: hide it by "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
 
 
 def start(recipe: Recipe, strategy: WholeCopies) -> Accelerator:

@@ -115,10 +115,8 @@ class WholeCopies:
         for key, value in tensors.items():
             name, slot = key.rsplit(":", 1)
             p = params[name]
-            # Counters too go where the weight is: fused kernels need them there.
             counter = value.shape != p.shape
-            held = value.to(p.device) if counter else self._slot(p, value)
-            state.setdefault(index_of[id(p)], {})[slot] = held
+            state.setdefault(index_of[id(p)], {})[slot] = value if counter else self._slot(p, value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
