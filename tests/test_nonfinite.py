@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Runs
 from torch import Tensor
 from trajectory import differing, state_of
 
@@ -203,7 +204,8 @@ def test_skips_are_counted_one_by_one() -> None:
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (6, 2)
     assert progress.count_skips([1, 0])
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (7, 0)
-    back = progress.rolled_back(Recipe(rollback_lr_factor=0.1)).rolled_back(Recipe())
+    back = progress.rolled_back(progress, Recipe(rollback_lr_factor=0.1))
+    back = back.rolled_back(progress, Recipe())
     assert (back.rollbacks, back.lr_factor, back.skipped_steps) == (2, 0.05, 7)
 
 
@@ -239,6 +241,61 @@ def test_tensors_that_share_memory_stay_the_same_objects() -> None:
     assert torch.equal(network.running_mean, torch.zeros(3))  # type: ignore[arg-type]
     assert torch.equal(network.running_var, torch.ones(3))  # type: ignore[arg-type]
     assert int(network.num_batches_tracked) == 0  # type: ignore[arg-type]
+
+
+def test_without_a_finite_gradient_at_any_loss_scale_a_training_ends(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Trained(RECIPE.model_copy(update={"precision": "fp16"}), data)
+    runtime = one.training.runtime
+    runtime.load_scaler_state(runtime.scaler_state() | {"scale": 4.0})
+    backward = runtime.backward
+    monkeypatch.setattr(runtime, "backward", lambda loss: backward(loss * INF))
+    one.to(2)
+    with pytest.raises(Diverged, match="steps at every loss scale down to 1, by step 3"):
+        one.to(STEPS)
+    assert one.progress.skipped_steps == 0
+
+
+EXPLODES = ["--model", "gap", "--dataset", "synthetic", "--batch-size", "16", "--momentum", "0",
+            "--no-nesterov", "--schedule", "constant", "--warmup", "0", "--lr", "1e30",
+            "--log-every", "1"]  # fmt: skip
+ROLLS_BACK = ["--nonfinite", "rollback", "--rollback-lr-factor", "1e-32"]  # to a rate of 0.01
+
+
+def test_a_test_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, tmp_path)
+    said = runs.run("r", *EXPLODES, "--max-steps", "1", expect=2)
+    assert "error: the test loss is not finite after step 1: lower --lr" in said
+    assert not (tmp_path / "r/result.json").exists()
+    assert [row["event"] for row in runs.rows("r")] == ["train"]
+    said = runs.run("back", *EXPLODES, "--max-steps", "1", *ROLLS_BACK)
+    assert "rolled back to step 0" in said
+    assert [row["event"] for row in runs.rows("back")] == ["train", "epoch"]
+    assert math.isfinite(runs.result("back")["test_loss"])
+
+
+def test_a_rollback_passes_over_a_checkpoint_with_spoilt_weights(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = Runs(tmp_path, tmp_path)
+    said = runs.run(
+        "r", *EXPLODES, "--max-steps", "6", "--checkpoint-every", "1", *ROLLS_BACK,
+        "--track", "tensorboard",
+    )  # fmt: skip
+    assert "no step from checkpoint step-00000001 went well: kept as diverged-step-00000001" in said
+    assert said.count("rolled back") == 1 and "rolled back to step 0, learning rate times" in said
+    assert (tmp_path / "r/checkpoints/diverged-step-00000001").is_dir()
+    steps = list(range(1, 7))
+    rows = [row for row in runs.rows("r") if row["event"] == "train"]
+    assert [row["step"] for row in rows] == steps
+    assert [row["lr"] for row in rows] == pytest.approx([0.01] * 6)
+    events = EventAccumulator(str(tmp_path / "r/tensorboard/distcv"))
+    events.Reload()
+    seen = events.Scalars("train/lr")
+    assert [event.step for event in seen] == steps
+    assert [event.value for event in seen] == pytest.approx([0.01] * 6)
+    assert events.Tags()["images"] == ["samples"]
 
 
 def test_a_rollback_factor_above_one_is_refused() -> None:

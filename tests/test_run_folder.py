@@ -97,6 +97,16 @@ def test_a_resumed_run_drops_what_comes_again_and_what_was_cut(tmp_path: Path) -
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
+def test_a_run_that_evaluates_again_drops_the_row_of_that_evaluation(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for step, event in ((2, "epoch"), (3, "train"), (3, "epoch")):
+        folder.add_row(ROW | {"step": step, "event": event})
+    folder.cut_metrics(3)
+    assert len(folder.rows()) == 3
+    folder.cut_metrics(3, evaluation_due=True)
+    assert [(row["step"], row["event"]) for row in folder.rows()] == [(2, "epoch"), (3, "train")]
+
+
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder, runtime = RunFolder(tmp_path / "file" / "run"), Runtime(Recipe())

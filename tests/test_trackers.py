@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Runs
+from runs import Runs, stopped_in
 
 from distcv import train
 from distcv.command_line import run_command
@@ -47,6 +47,26 @@ def test_a_killed_run_has_each_row_once_in_tensorboard_and_trackio(
         kept = database.execute("select run_name, step from metrics order by id").fetchall()
     assert kept == [("r", step) for step in steps]
     assert [path for path in home.rglob("*") if path.is_file()] == [], "nothing is for HOME"
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_rows_of_a_time_without_it(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = Runs(tmp_path, tmp_path)
+    flags = ["--model", "gap", "--dataset", "synthetic", "--log-every", "1", "--max-steps", "6"]
+    track, stopped = ["--track", "tensorboard"], stopped_in("lr_at", tmp_path / "r/STOP", call=2)
+    runs.run("r", *flags, *track, command=stopped, expect=75)
+    runs.run("r", *flags, command=stopped, expect=75)
+    runs.run("r", *flags, *track)
+    rows = [row for row in runs.rows("r") if row["event"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    events = EventAccumulator(str(tmp_path / "r/tensorboard/distcv"))
+    events.Reload()
+    seen = events.Scalars("train/loss")
+    assert [event.step for event in seen] == list(range(1, 7))
+    assert [event.value for event in seen] == pytest.approx([row["loss"] for row in rows])
+    assert events.Tags()["images"] == ["samples"]
 
 
 def test_a_tracker_that_is_not_installed_is_named_at_once(

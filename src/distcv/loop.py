@@ -25,7 +25,10 @@ MISTAKES = 64  # wrong predictions that are kept of an evaluation
 
 
 class Diverged(InputError):
-    """Too many steps had no finite loss and gradient."""
+    """Too many steps had no finite loss and gradient, or the test loss is not finite."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: lower --lr or set --clip-norm; checkpoints from before are kept")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def train_epoch(
     optimizer, BatchNorm's statistics and the sums as they were.
 
     Raises:
-        Diverged: three steps in a row were skipped, or all of an epoch; nothing is saved after.
+        Diverged: three steps in a row were skipped, or all of an epoch, or with fp16 so many that
+            the loss scale fell below 1; nothing is saved after.
     """
     recipe, runtime = training.recipe, training.runtime
     epoch = progress.step // training.steps_per_epoch
@@ -165,18 +169,19 @@ def train_epoch(
         # The main process says when the next look is due, by the time that steps took lately.
         due_in = max(1.0, LOOK_SECONDS / step_seconds) if runtime.is_main else 0.0
         nodes = runtime.node_metrics.share() if runtime.node_metrics else []
-        read = window.read(runtime, skips, float(stop.pending()), due_in, *nodes)
-        sums, (stops, due_in, *nodes) = read[:3], read[3 + len(skips) :]
+        flags = float(stop.pending()), float(runtime.scale_is_spent()), due_in
+        read = window.read(runtime, skips, *flags, *nodes)
+        sums, (stops, spent, due_in, *nodes) = read[:3], read[3 + len(skips) :]
         diverged = progress.count_skips(read[3 : 3 + len(skips)])
         skips.clear()
         elapsed = clock()
         step_seconds = max((elapsed - last_look) / (progress.step - looked_at), 1e-6)
         last_look, looked_at, look_at = elapsed, progress.step, progress.step + int(due_in)
-        if diverged or (progress.step == end and progress.epoch_sums[2] + sums[2] == 0):
+        if diverged or spent or (progress.step == end and progress.epoch_sums[2] + sums[2] == 0):
+            many = f"{SKIPS} steps in a row, or all of an epoch"
+            steps = "steps at every loss scale down to 1" if spent else many
             raise Diverged(
-                f"no finite loss and gradient in {SKIPS} steps in a row, or all of an epoch, by "
-                f"step {progress.step}, lr {lr:.4g}: lower --lr or set --clip-norm; checkpoints "
-                "from before are kept"
+                f"no finite loss and gradient in {steps}, by step {progress.step}, lr {lr:.4g}"
             )
         if log_due and sums[2]:
             images = (progress.step - since_step) * recipe.batch_size
@@ -192,8 +197,12 @@ def train_epoch(
         progress.window_sums = sums
         if stops:
             return False
-        if save_due and progress.step < end:  # at an epoch's end it is saved after the evaluation
+        # At an epoch's end it is saved after the evaluation; after a skipped step not at all, since
+        # the weights may be what is wrong.
+        if save_due and progress.step < end and not progress.skipped_in_a_row:
+            began = time.perf_counter()
             save()
+            since += time.perf_counter() - began
     return True
 
 
@@ -219,6 +228,26 @@ def _train_row(
         "memory_mib": memory(runtime.device) / 2**20,
         "seconds": progress.seconds,
     }
+
+
+def timed_evaluation(
+    training: Training, progress: Progress, stop: StopRequest | None = None
+) -> Evaluation | None:
+    """Evaluate; add the time to the run's seconds and note the best accuracy so far.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    began = time.perf_counter()
+    evaluation = evaluate(training, stop)
+    progress.seconds += time.perf_counter() - began
+    if evaluation is None:
+        return None
+    if not math.isfinite(evaluation.loss):
+        raise Diverged(f"the test loss is not finite after step {progress.step}")
+    if progress.best_accuracy is None or evaluation.accuracy > progress.best_accuracy:
+        progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
+    return evaluation
 
 
 @torch.no_grad()

@@ -118,10 +118,14 @@ class RunFolder:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop rows of steps after ``step``, which a resumed run will write again."""
+    def cut_metrics(self, step: int, *, evaluation_due: bool = False) -> None:
+        """Drop rows that a run resumed after ``step`` will write again.
+
+        Those are the rows of later steps; where the evaluation after ``step`` is due, its too.
+        """
         rows = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
-        kept = b"".join(row + b"\n" for row in rows if _row_step(row) <= step)
+        last = step, not evaluation_due
+        kept = b"".join(row + b"\n" for row in rows if _row_place(row) <= last)
         replace_file(self.metrics, kept)
         self.whole_rows = len(kept)
 
@@ -219,9 +223,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[
     return {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
 
 
-def _row_step(row: bytes) -> float:
-    """The step of a row; infinity for one that is no row."""
+def _row_place(row: bytes) -> tuple[float, bool]:
+    """The step of a row, and whether it tells of the evaluation after it; the last if no row."""
     try:
-        return float(json.loads(row)["step"])
+        held = json.loads(row)
+        return float(held["step"]), held["event"] == "epoch"
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return float("inf"), True

@@ -1,14 +1,16 @@
 """Saving a training at its save points, and what happens where that fails."""
 
+from pathlib import Path
 from typing import Any
 
 from distcv import checkpoint
 from distcv.checkpoint import Checkpoint
 from distcv.config import InputError
+from distcv.durable import set_aside
 from distcv.preempt import StopRequest
 from distcv.run_folder import RunFolder
 from distcv.tracking import Console, Trackers
-from distcv.training import Progress, Training, restore, snapshot
+from distcv.training import Progress, Training, read_progress, restore, snapshot
 
 FAILURES = 3  # saves in a row that fail before a run stops
 ROLLBACKS = 3  # of one run, at most
@@ -81,23 +83,38 @@ class Saver:
     def roll_back(self, progress: Progress, why: Exception) -> Progress | None:
         """Go back to the newest checkpoint with a lower learning rate, by all processes together.
 
-        It is written anew, so that a run that is resumed from it goes the same way. None if the run
-        is to stop instead: that is the recipe's choice, or rollbacks didn't help.
+        If no step from it went well, its weights are spoilt: it is renamed, and the one before is
+        taken, if there is one. What is gone back to is written anew, so that a run that is resumed
+        from it goes the same way. None if the run is to stop instead: that is the recipe's choice,
+        or rollbacks didn't help.
         """
         recipe, runtime, folder = self.training.recipe, self.training.runtime, self.folder
         if recipe.nonfinite == "stop" or progress.rollbacks == ROLLBACKS:
             return None
-        path = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, self.console.say))
+        path = runtime.on_main(lambda: self._place_before(progress))
         if path is None:
             return None
-        before = restore(self.training, checkpoint.load(path)).rolled_back(recipe)
+        before = progress.rolled_back(restore(self.training, checkpoint.load(path)), recipe)
         runtime.wait()  # until all have read what is written anew below
-        runtime.on_main(lambda: folder.cut_metrics(before.step))
-        self.console.say(
-            f"{why}; rolled back to step {before.step}, learning rate times {before.lr_factor:g}"
-        )
+        due = self.training.evaluation_due(before)
+        runtime.on_main(lambda: folder.cut_metrics(before.step, evaluation_due=due))
+        what = f"rolled back to step {before.step}, learning rate times {before.lr_factor:g}"
+        self.console.say(f"{why}; {what}")
+        self.trackers.rolled_back(what)
         self.save(before)
         return before
+
+    def _place_before(self, progress: Progress) -> Path | None:
+        """The checkpoint to go back to."""
+        folder = self.folder.checkpoints
+        path = checkpoint.newest(folder, self.console.say)
+        if path is None or len(checkpoint.steps(folder)) == 1:
+            return path
+        if progress.went_well_since(read_progress(checkpoint.load_state(path))):
+            return path
+        aside = set_aside(path, "diverged")
+        self.console.say(f"no step from checkpoint {path.name} went well: kept as {aside.name}")
+        return checkpoint.newest(folder, self.console.say)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, by all processes together.

@@ -97,7 +97,7 @@ def run(
 ) -> int:
     """What :func:`train` does between joining the other processes and leaving them."""
     from distcv import checkpoint
-    from distcv.loop import Diverged, stop_agreed, train_epoch
+    from distcv.loop import Diverged, stop_agreed, timed_evaluation, train_epoch
     from distcv.samples import sample_picture
     from distcv.saving import Saver
     from distcv.tracking import Console, Trackers
@@ -136,7 +136,8 @@ def run(
         console.say(f"since the last start: {', '.join(changes)}")
     if "seconds_lost" in start:
         console.say(f"restart {runtime.restarts}: {start['seconds_lost']:.1f} s lost")
-    runtime.on_main(lambda: folder.cut_metrics(progress.step))
+    due = training.evaluation_due(progress)
+    runtime.on_main(lambda: folder.cut_metrics(progress.step, evaluation_due=due))
     trackers = Trackers(
         runtime,
         folder,
@@ -188,11 +189,11 @@ def run(
     evaluation = None
     while progress.step < training.total_steps or training.evaluation_due(progress):
         stopped = False
-        if not training.evaluation_due(progress):
-            epoch = progress.step // training.steps_per_epoch + 1
-            done = progress.step % training.steps_per_epoch
-            with console.epoch(epoch, done, training.steps_per_epoch):
-                try:
+        try:
+            if not training.evaluation_due(progress):
+                epoch = progress.step // training.steps_per_epoch + 1
+                done = progress.step % training.steps_per_epoch
+                with console.epoch(epoch, done, training.steps_per_epoch):
                     stopped = not train_epoch(
                         training,
                         progress,
@@ -203,15 +204,15 @@ def run(
                         save=partial(saver.save, progress),
                         stop=stop,
                     )
-                except Diverged as error:
-                    if (before := saver.roll_back(progress, error)) is None:
-                        trackers.fail(str(error))
-                        runtime.wait()  # a launcher ends all as soon as one has left
-                        raise
-                    progress = before
-                    continue
-        if not stopped:
-            evaluation = timed_evaluation(training, progress, stop)
+            if not stopped:
+                evaluation = timed_evaluation(training, progress, stop)
+        except Diverged as error:
+            if (before := saver.roll_back(progress, error)) is None:
+                trackers.fail(str(error))
+                runtime.wait()  # a launcher ends all as soon as one has left
+                raise
+            progress = before
+            continue
         if stopped or evaluation is None:
             return leave()
         row = epoch_row(training, progress, evaluation)
@@ -267,22 +268,6 @@ def check_space(folder: "RunFolder", training: "Training") -> None:
         f"run folder {folder.path}: {problem}, {needed / 1e6:.0f} MB needed for checkpoints: "
         "make room, or choose --runs-dir"
     )
-
-
-def timed_evaluation(
-    training: "Training", progress: "Progress", stop: StopRequest | None = None
-) -> "Evaluation | None":
-    """Evaluate; add the time to the run's seconds and note the best accuracy so far."""
-    from distcv.loop import evaluate
-
-    began = time.perf_counter()
-    evaluation = evaluate(training, stop)
-    progress.seconds += time.perf_counter() - began
-    if evaluation is None:
-        return None
-    if progress.best_accuracy is None or evaluation.accuracy > progress.best_accuracy:
-        progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
-    return evaluation
 
 
 def epoch_row(

@@ -253,6 +253,13 @@ class Runtime:
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
+    def scale_is_spent(self) -> bool:
+        """Whether the loss scaler of fp16 found no finite gradient at any scale down to 1.
+
+        Waits for the device. The scale starts at 65536 and is halved in each step without one.
+        """
+        return self._scaler is not None and self._scaler.get_scale() < 1
+
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler, plain numbers; empty in other precisions."""
         return dict(self._scaler.state_dict()) if self._scaler else {}

@@ -92,11 +92,7 @@ class Trackers:
         if "trackio" in self.names:
             options["trackio"] = trackio_run.settings(self.folder, config, group, new=not rows)
         if "tensorboard" in self.names:
-            seen = 0
-            if rows and events.exists():
-                seen = rows[-1]["step"] + (not self._waits(rows[-1]))
-            first = self.first_steps.setdefault("tensorboard", seen)
-            options["tensorboard"] = {"purge_step": first}  # rows that will be there again
+            options["tensorboard"] = {"purge_step": 0}  # it gets all rows again
         try:
             self._start(events, options)
         except Exception as error:  # a dead server must not end a training
@@ -116,17 +112,22 @@ class Trackers:
             if rows:
                 missing = trackio_run.first_missing_step(self.options.project, self.folder)
             self.first_steps.setdefault("trackio", missing)
-        if "tensorboard" in self.names:
-            text = f"```yaml\n{self.recipe.to_yaml()}```"
-            self.runtime.trackers.run("tensorboard").add_text("recipe", text, 0)
-        self._show_samples()
-        self.held = {}
-        for row in rows:
-            self._send(row)
+        self._send_all()
 
     def _start(self, events: Path, options: dict[str, dict[str, Any]]) -> None:
         with trackio_run.quiet():
             self.runtime.trackers.start(self.names, self.options.project, events, options)
+
+    def _send_all(self) -> None:
+        """Send what is missing so far; TensorBoard, which was started anew, lacks all of it."""
+        if "tensorboard" in self.names:
+            self.first_steps["tensorboard"] = 0
+            text = f"```yaml\n{self.recipe.to_yaml()}```"
+            self.runtime.trackers.run("tensorboard").add_text("recipe", text, 0)
+        self._show_samples()
+        self.held = {}
+        for row in self.rows:
+            self._send(row)
 
     def _show_samples(self) -> None:
         """A picture of samples, for those that take pictures and have no row yet."""
@@ -150,6 +151,27 @@ class Trackers:
         if self.stall is None and "wandb" in self.names and compiled:
             limit = self.options.hang_timeout / 2  # in time, before the processes give up
             self.stall = StallWatch(self.runtime.idle_seconds, limit, self._stalled)
+
+    def rolled_back(self, what: str) -> None:
+        """Take back the rows that were cut from metrics.jsonl, where a tracker can.
+
+        TensorBoard is told to forget them. W&B and trackio, whose steps only rise, keep them, and
+        lack those of the same steps that come instead.
+        """
+        if not self.names:
+            return
+        self.rows = self.folder.rows()
+
+        def tell() -> None:
+            if "tensorboard" in self.names:
+                writer = self.runtime.trackers.run("tensorboard")
+                writer.close()
+                writer.purge_step = 0  # heeded when it opens its next file
+            self._send_all()
+            if run := self.wandb:
+                run.alert("rolled back", f"{self.folder.path.name}: {what}", level="WARN")
+
+        self._attempt(tell)
 
     def _send(self, row: dict[str, Any]) -> None:
         if row["step"] < min(self.first_steps.values()):

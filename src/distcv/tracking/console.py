@@ -47,9 +47,11 @@ class Console:
             disable=not self.live,
             dynamic_ncols=True,
         )
-        with self.bar:
-            yield
-        self.bar = None
+        try:
+            with self.bar:
+                yield
+        finally:
+            self.bar = None
 
     def advance(self) -> None:
         """One optimizer step is done."""
