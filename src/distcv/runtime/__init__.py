@@ -254,10 +254,7 @@ class Runtime:
         return torch.stack(parts)
 
     def scale_is_spent(self) -> bool:
-        """Whether the loss scaler of fp16 found no finite gradient at any scale down to 1.
-
-        Waits for the device. The scale starts at 65536 and is halved in each step without one.
-        """
+        """Whether fp16 had no finite gradient at any loss scale down to 1; waits for the device."""
         return self._scaler is not None and self._scaler.get_scale() < 1
 
     def scaler_state(self) -> dict[str, Any]:
