@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,12 +76,21 @@ def test_each_request_is_answered_once(handlers: None, tmp_path: Path) -> None:
         (tmp_path / "STOP").touch()
         stop = StopRequest()
         stop.watch(tmp_path)
-        assert stop.pending() and not answered(tmp_path), asked
+        assert stop.pending() and not answered(tmp_path, 0), asked
         stop.answer(7)
-        assert answered(tmp_path) and not (tmp_path / "STOP").exists()
+        assert answered(tmp_path, time.time()) and not (tmp_path / "STOP").exists()
     stop = StopRequest()
     stop.watch(tmp_path)
     assert not stop.pending() and not list(tmp_path.iterdir())
+
+
+def test_a_stop_of_an_earlier_launch_does_not_end_this_one(handlers: None, tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.watch(tmp_path)
+    stop.answer(7)
+    long_ago = time.time() - 3600
+    os.utime(tmp_path / "STOPPED", (long_ago, long_ago))
+    assert answered(tmp_path, long_ago - 10) and not answered(tmp_path, time.time())
 
 
 def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) -> None:

@@ -90,12 +90,12 @@ def slurm_job() -> tuple[str, int] | None:
     return job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def launch_time() -> time.struct_time:
-    """When this training was started: the same in all restarts by an elastic launcher."""
+def launch_time() -> float:
+    """When this training was started (s): the same in all restarts by an elastic launcher."""
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         with contextlib.suppress(psutil.Error):
-            return time.localtime(psutil.Process(os.getppid()).create_time())
-    return time.localtime()
+            return psutil.Process(os.getppid()).create_time()
+    return time.time()
 
 
 def wandb_server() -> str:

@@ -14,6 +14,7 @@ NOT_SAVED = 74  # exit code of one that stopped since it couldn't be saved: EX_I
 STOP_FILE = "STOP"  # in the run folder: asks
 ANSWER_FILE = "STOPPED"  # there, and instead of it, from the answer to the next start
 JOB_STOP_FILE = "DISTCV_STOP_FILE"  # variable: a second file, by which a batch script asks
+CLOCKS_DIFFER = 60.0  # s, at most, a file server's and a node's
 
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name)
@@ -97,6 +98,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)
 
 
-def answered(run_dir: Path) -> bool:
-    """Whether the run's last start was stopped."""
-    return (run_dir / ANSWER_FILE).exists()
+def answered(run_dir: Path, launched_at: float) -> bool:
+    """Whether the run was stopped after a launch at this time (s), and not in one before."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run_dir / ANSWER_FILE).stat().st_mtime > launched_at - CLOCKS_DIFFER
+    return False

@@ -83,7 +83,7 @@ def choose_folder(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> "R
     """The run folder of --name, or of a name made of the model and the time of the launch."""
     from distcv.run_folder import RunFolder
 
-    started = time.strftime("%Y%m%d-%H%M%S", launch_time())
+    started = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch_time()))
     default_name = f"{recipe.model}-{os.environ.get('WANDB_RUN_ID') or started}"
     return RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
 
@@ -112,7 +112,7 @@ def run(
             f"after {finished['epochs']:g} epochs; choose another --name to train again"
         )
         return 0
-    if runtime.from_main(runtime.restarts > 0 and answered(folder.path)):
+    if runtime.from_main(runtime.restarts > 0 and answered(folder.path, launch_time())):
         return STOPPED  # the launcher took the stop for a failure
     runtime.on_main(lambda: stop.watch(folder.path))
     newest = runtime.on_main(lambda: checkpoint.newest(folder.checkpoints, console.say))
