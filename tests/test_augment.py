@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import TrivialAugmentWide, _apply_op
 
 from distcv.augment import AUGMENTS, Augmenter, Chance, affine, flip, translate
 from distcv.config import InputError, Recipe
@@ -180,6 +182,23 @@ def test_trivial_augment_uses_all_operations(data: ResidentImages) -> None:
     assert torch.equal(outputs[0], image)
     changed = [i for i, o in enumerate(outputs) if not torch.equal(o, image)]
     assert len(changed) >= 12, "noise is left alone by contrast stretching at most"
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (4, 1, 28, 28), (1, 3, 20, 33)])
+def test_the_operations_of_trivial_augment_are_torchvision_s(shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    space = TrivialAugmentWide()._augmentation_space(31)
+    for (name, (magnitudes, signed)), operation in zip(space.items(), OPERATIONS, strict=True):
+        for strength in torch.arange(-30, 31).tolist():
+            magnitude = float(magnitudes[abs(strength)]) if magnitudes.ndim else 0.0
+            if "Translate" in name:  # there 16 pixels are 15, since 32 bits give 15.999999
+                magnitude = 32 * abs(strength) / 30
+            magnitude *= -1 if signed and strength < 0 else 1
+            expected = _apply_op(images, name, magnitude, InterpolationMode.NEAREST, None)
+            difference = (operation(images, strength / 30).int() - expected.int()).abs()
+            # The colours are computed in another order, and end at a whole number.
+            moved = name in ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+            assert int(difference.max()) <= (0 if moved else 1), (name, strength)
 
 
 def test_grey_images_pass_through_everything() -> None:
