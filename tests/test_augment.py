@@ -1,16 +1,22 @@
 """Augmentation: what each operation does, and that chance is f(seed, epoch, id)."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import TrivialAugmentWide, _apply_op
 
 from distcv.augment import AUGMENTS, Augmenter, Chance, affine, flip, translate
-from distcv.config import InputError, Recipe
-from distcv.data import DATASETS
+from distcv.config import InputError, Recipe, load_recipe
+from distcv.data import DATASETS, ImageData
+from distcv.data import __main__ as data_command
 from distcv.data.loading import Batch, ResidentImages
+from distcv.samples import sample_picture
 from distcv.trivial_augment import OPERATIONS
 
 IDS = torch.arange(64)
@@ -199,6 +205,40 @@ def test_the_operations_of_trivial_augment_are_torchvision_s(shape: tuple[int, .
             # The colours are computed in another order, and end at a whole number.
             moved = name in ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
             assert int(difference.max()) <= (0 if moved else 1), (name, strength)
+
+
+def image_data(name: str) -> ImageData:
+    """Noise in the place of a data set's images, two of each class."""
+    info = DATASETS[name]
+    labels = torch.arange(2 * len(info.classes)) % len(info.classes)
+    images = torch.randint(0, 256, (len(labels), *info.shape), dtype=torch.uint8)
+    return ImageData(images, labels, images, labels, info)
+
+
+def test_the_picture_of_samples_has_each_class_raw_and_augmented() -> None:
+    data = image_data("cifar100")
+    picture = sample_picture(data, load_recipe("resnet18"), rows=3)
+    tiles = picture[:, 2:, 2:].unfold(1, 32, 34).unfold(2, 32, 34).permute(1, 2, 0, 3, 4)
+    assert tiles.shape == (40, 10, 3, 32, 32)
+    assert torch.equal(tiles[::4].flatten(0, 1), data.train_images[:100])
+    for row in (1, 2, 3):
+        changed = (tiles[row::4] != tiles[::4]).flatten(2).any(2)
+        assert bool(changed.all()), "flipped, shifted and with a square cut out"
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_augmentation_that_is_shown_changes_the_images(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data_command, "load_dataset", lambda *_: image_data(name))
+    file = tmp_path / "samples.png"
+    monkeypatch.setattr(sys, "argv", ["data", "--dataset", name, "--show", str(file)])
+    data_command.main()
+    recipe = "gap" if "mnist" in name else "resnet18"
+    assert capsys.readouterr().out.endswith(f"samples as recipe {recipe} augments them: {file}\n")
+    side = DATASETS[name].shape[1] + 2
+    picture = np.asarray(Image.open(file))
+    assert not np.array_equal(picture[2:side], picture[side + 2 : 2 * side])
 
 
 def test_grey_images_pass_through_everything() -> None:

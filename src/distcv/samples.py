@@ -1,6 +1,7 @@
 """Pictures of samples: raw, and below as a recipe augments them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distcv.augment import Augmenter
@@ -12,7 +13,7 @@ COLUMNS = 10  # samples in a row of the picture
 
 
 def sample_picture(data: ImageData, recipe: Recipe, rows: int = 4) -> Tensor:
-    """A grid: the first training sample of each of the first classes, raw, then augmented.
+    """A grid: the first training sample of each class, raw, then augmented; again for more classes.
 
     Returns:
         uint8 (3, H, W), with so many rows of augmented versions.
@@ -20,8 +21,8 @@ def sample_picture(data: ImageData, recipe: Recipe, rows: int = 4) -> Tensor:
     from torchvision.utils import make_grid
 
     images = ResidentImages(data.train_images, data.train_labels, torch.device("cpu"))
-    shown = range(min(COLUMNS, len(data.info.classes)))
-    ids = torch.tensor([int((data.train_labels == k).nonzero()[0]) for k in shown])
+    classes = len(data.info.classes)
+    ids = torch.tensor([int((data.train_labels == k).nonzero()[0]) for k in range(classes)])
     batch = images.__getitems__(ids)
     augment = Augmenter(recipe, images, data.info)
 
@@ -29,6 +30,8 @@ def sample_picture(data: ImageData, recipe: Recipe, rows: int = 4) -> Tensor:
         return ((inputs / augment.normalize.inverse + augment.normalize.mean) / 255).clamp(0, 1)
 
     drawn = [augment(batch, epoch)[0] for epoch in range(rows)]
-    tiles = torch.cat([batch.images / 255, *map(visible, drawn)])
-    grid: Tensor = make_grid(tiles, nrow=len(shown), padding=2, pad_value=0.5)
+    tiles = torch.stack([batch.images / 255, *map(visible, drawn)])
+    tiles = F.pad(tiles, (0,) * 7 + (-classes % COLUMNS,), value=0.5)
+    blocks = tiles.view(rows + 1, -1, COLUMNS, *data.info.shape).transpose(0, 1)
+    grid: Tensor = make_grid(blocks.flatten(0, 2), nrow=COLUMNS, padding=2, pad_value=0.5)
     return grid.mul(255).round().to(torch.uint8)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
-from distcv.config import InputError, Recipe, Strict, load_recipe, recipe_names
+from distcv.config import InputError, Recipe, Strict, load_recipe
 from distcv.data import find_dataset, load_dataset
 from distcv.environment import set_thread_environment
 
@@ -23,7 +23,9 @@ class Arguments(Strict):
         None, description="Write samples to this PNG: one of each class raw, below it augmented."
     )
     recipe: str | None = Field(
-        None, description="Recipe whose augmentation is shown; default: the first for this data."
+        None,
+        description="Recipe whose augmentation is shown; default: gap for gray images, else "
+        "resnet18.",
     )
     rows: int = Field(4, ge=1, le=100, description="Augmented versions of each sample.")
 
@@ -34,8 +36,9 @@ def main() -> None:
         Arguments, prog="distcv.data", description="Fetch a data set, verify it, and look at it."
     )
     name = arguments.dataset
-    find_dataset(name)
-    recipe = load_recipe(arguments.recipe) if arguments.recipe else _recipe_for(name)
+    gray = find_dataset(name).shape[0] == 1
+    recipe_name = arguments.recipe or ("gap" if gray else "resnet18")
+    recipe = load_recipe(recipe_name)
     set_thread_environment()
     data = load_dataset(name, arguments.data_dir)
     channels, height, width = data.train_images.shape[1:]
@@ -45,17 +48,11 @@ def main() -> None:
     )
     if arguments.show:
         _write_picture(arguments.show, data, recipe, arguments.rows)
-        print(f"samples as recipe {recipe.model} augments them: {arguments.show}")
-
-
-def _recipe_for(dataset: str) -> Recipe:
-    """The recipe with most epochs among those for this data, else no augmentation at all."""
-    own = [r for r in map(load_recipe, recipe_names()) if r.dataset == dataset]
-    return max(own, key=lambda r: r.epochs, default=Recipe(dataset=dataset))
+        print(f"samples as recipe {recipe_name} augments them: {arguments.show}")
 
 
 def _write_picture(path: Path, data: "ImageData", recipe: Recipe, rows: int) -> None:
-    from torchvision.io import encode_png
+    from PIL import Image
 
     from distcv.samples import sample_picture
 
@@ -63,7 +60,7 @@ def _write_picture(path: Path, data: "ImageData", recipe: Recipe, rows: int) -> 
         raise InputError(f"--show {path}: give the name of a .png file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_png(sample_picture(data, recipe, rows)).numpy().tobytes())
+        Image.fromarray(sample_picture(data, recipe, rows).permute(1, 2, 0).numpy()).save(path)
     except OSError as error:
         raise InputError(f"--show {path}: {error.strerror}: give the name of a .png file") from None
 
