@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ROOT, Runs
+from runs import RIGHTS_HOLD, ROOT, Runs
 
 from distcv import results
 from distcv.config import InputError, Recipe, load_recipe
@@ -37,11 +37,11 @@ def make_gap_runs(folder: Path, **changes: Any) -> None:
         make_run(folder / f"seed-{result['seed']}", recipe, result)
 
 
-def table(*words: str, expect: int = 0) -> list[str]:
+def table(*words: str, expect: int = 0, **environment: str) -> list[str]:
     """The lines that the command prints, of its errors where it fails."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "distcv.results", *words], capture_output=True, text=True, timeout=60
-    )
+    command = [*RIGHTS_HOLD, sys.executable, "-m", "distcv.results", *words]
+    env = os.environ | environment
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert ran.returncode == expect, ran.stderr
     return (ran.stderr if expect else ran.stdout).splitlines()
 
@@ -138,6 +138,34 @@ def test_half_made_and_damaged_folders_are_skipped_with_a_line(reason: str, tmp_
     _, row, line = table(str(tmp_path))
     assert row.split()[2] == "5"
     assert line.startswith(f"skipped {tmp_path}/bad: ") and reason in line
+
+
+@pytest.mark.parametrize("name", ["", "config.yaml", "result.json"])
+def test_what_may_not_be_read_is_skipped_with_a_line(name: str, tmp_path: Path) -> None:
+    make_gap_runs(tmp_path / "runs")
+    secret = tmp_path / "runs/seed-3" / name
+    secret.chmod(0)
+    _, row, skipped = table(str(tmp_path / "runs"))
+    assert row.split()[2] == "4"
+    assert skipped.startswith(f"skipped {tmp_path}/runs/seed-3: ")
+    assert f"Permission denied: '{secret}" in skipped
+    if not name:
+        (line,) = table(str(secret / "deeper"), expect=2)
+        said = "Permission denied: mend that, or choose another"
+        assert line == f"error: {secret}/deeper: {said}"
+        secret.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+)
+def test_what_ascii_lacks_is_printed_by_its_escape(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    make_gap_runs(tmp_path / "runs")
+    _, row = table(str(tmp_path / "runs"), **environment)
+    assert row.split()[4] == r"\xb1"
 
 
 def test_a_folder_is_counted_once_however_it_is_named(tmp_path: Path) -> None:

@@ -278,6 +278,15 @@ def write_file(flag: str, file: Path, write: Callable[[], object]) -> None:
         raise InputError(f"{flag} {file}: {error.strerror}: choose another file") from None
 
 
+def check_file(flag: str, file: Path | None) -> None:
+    """Raise InputError if the file that a flag asks for can't be written, ahead of long work."""
+    if file is None:
+        return
+    there = next(place for place in (file, *file.parents) if place.exists())
+    if there.is_dir() == (there == file) or not os.access(there, os.W_OK):
+        raise InputError(f"{flag} {file}: it can't be written: choose another file")
+
+
 def printable(text: str) -> str:
     """A text without what a terminal obeys or can't show, by escapes; line ends stay.
 
@@ -297,18 +306,25 @@ def _unread(stream: TextIO) -> bool:
     return bool(pipe.poll(0))
 
 
+def _say(error: str) -> None:
+    print(f"error: {printable(without_password(error))}", file=sys.stderr)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
 
     Of several processes, rank 0 speaks; once they are joined, the first of each node, since what
-    is wrong may be wrong on one node only. An error without a message is a peer's, who says it.
+    is wrong may be wrong on one node only. An error without a message is a peer's, who says it. A
+    file that can't be read or written is wrong input, too, of whichever process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # ASCII has no ±
     try:
         code = main() or 0
     except InputError as error:
         joined = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         if str(error) and os.environ.get("LOCAL_RANK" if joined else "RANK", "0") == "0":
-            print(f"error: {printable(without_password(str(error)))}", file=sys.stderr)
+            _say(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -316,6 +332,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         if not _unread(sys.stdout):
             raise
         os._exit(141)  # as SIGPIPE ends other programs
+    except OSError as error:
+        if error.filename is None:  # of a connection, say
+            raise
+        _say(f"{error.filename}: {error.strerror}: mend that, or choose another")
+        code = 2
     try:
         sys.stdout.flush()
         sys.stderr.flush()

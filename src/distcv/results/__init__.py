@@ -186,9 +186,11 @@ def _candidates(place: Path, depth: int = 2) -> list[Path]:
 
     Down to the second level: the runs of a job array lie in a folder of their own.
     """
-    if depth == 0 or (place / "config.yaml").exists():
+    if depth == 0:
         return [place]
     with contextlib.suppress(OSError):
+        if (place / "config.yaml").exists():
+            return [place]
         inside = [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]
         if inside:
             return [found for path in sorted(inside) for found in _candidates(path, depth - 1)]
