@@ -192,6 +192,9 @@ def test_an_unknown_flag_is_one_line() -> None:
     [
         ("--processes 2 --strategies dpd", "--strategies dpd: there is no dpd.yaml in launch/"),
         ("--plot figures.doc", "--plot figures.doc: the ending must be one of .* png, .*"),
+        ("--json /dev/null/x", "--json /dev/null/x: it can't be written: choose another file"),
+        ("--json /dev", "--json /dev: it can't be written: choose another file"),
+        ("--plot /dev/null/x.png", "--plot /dev/null/x.png: it can't be written: .*"),
         ("--to-accuracy 94 101", "--to-accuracy 101.*: .* less than or equal to 100"),
     ],
 )

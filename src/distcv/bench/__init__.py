@@ -16,6 +16,7 @@ from pydantic import Field
 from distcv.bench.surroundings import shown_flags, users_environment
 from distcv.command_line import (
     CommandLine,
+    check_file,
     parse_known_arguments,
     read_command_line,
     run_command,
@@ -101,6 +102,8 @@ def main() -> int:
 
 def _check(arguments: Arguments) -> None:
     """Raise InputError for what would fail after the measurement, or be measured wrongly."""
+    check_file("--json", arguments.json_file)
+    check_file("--plot", arguments.plot)
     if arguments.plot:
         from distcv.bench.plot import check_plot
 
