@@ -13,6 +13,7 @@ import onnx
 import pytest
 import safetensors
 import torch
+from faults.small_disks import can_mount, small_disk
 from huggingface_hub import ModelCard
 from trained_runs import BEST, STEP, make_trained_run
 
@@ -159,14 +160,27 @@ def test_the_best_checkpoint_can_be_chosen_and_takes_the_place_of_an_earlier_exp
 def test_a_file_of_other_logits_is_refused_and_not_kept(
     run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(trained: Any, path: Path, about: dict[str, str]) -> None:
-        formats.write_safetensors(open_run(run, which="best"), path, about)
+    def spoilt(trained: Any, about: dict[str, str]) -> bytes:
+        return formats.make_safetensors(open_run(run, which="best"), about)
 
-    monkeypatch.setitem(formats.WRITE, "safetensors", spoilt)
+    monkeypatch.setitem(formats.MAKE, "safetensors", spoilt)
     words = (run, "--to", "safetensors", "--output", tmp_path / "x", "--data-dir", data_dir)
     with pytest.raises(InputError, match=r"^the exported network is not .*: nothing was writ"):
         call(monkeypatch, *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_a_full_disk_is_told_in_a_line_and_nothing_is_left_on_it(
+    to: str, run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_mount(tmp_path / "disk"):
+        pytest.skip("no right to mount a small disk")
+    with small_disk(tmp_path / "disk", size="16k") as disk:
+        words = (run, "--to", to, "--output", disk / "made", "--data-dir", data_dir)
+        with pytest.raises(InputError, match=r"disk/made: No space left .*: choose another --out"):
+            call(monkeypatch, *words)
+        assert not list(disk.iterdir())
 
 
 @pytest.mark.parametrize("off", [2e-4, float("nan")])

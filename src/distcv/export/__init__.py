@@ -55,7 +55,7 @@ def main() -> None:
     set_thread_environment()
 
     from distcv.export.card import model_card
-    from distcv.export.formats import READ, WRITE, check, properties
+    from distcv.export.formats import MAKE, READ, check, properties
     from distcv.trained import open_run
     from distcv.training import load_data
 
@@ -65,7 +65,7 @@ def main() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             file = Path(scratch) / name
-            WRITE[arguments.to](trained, file, properties(trained))
+            file.write_bytes(MAKE[arguments.to](trained, properties(trained)))
             checked = check(trained, READ[arguments.to](file, trained), images)
             card = model_card(trained, arguments.to, arguments.which, file, checked)
             (file.parent / CARD).write_text(card, encoding="utf-8")
@@ -73,7 +73,8 @@ def main() -> None:
             for made in (name, CARD):
                 (file.parent / made).replace(folder / made)
     except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}: choose another --output") from None
+        where = error.filename or folder
+        raise InputError(f"{where}: {error.strerror}: choose another --output") from None
     size = (folder / name).stat().st_size
     print(f"{folder / name}: {size / 2**20:.2f} MiB, step {trained.step}; {checked.describe()}")
     print(f"{folder / CARD}: its model card")

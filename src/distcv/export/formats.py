@@ -1,6 +1,10 @@
-"""The formats: how each is written, and how it is read back and run."""
+"""The formats: how each is made, and how it is read back and run.
+
+They are made in memory: what writes a file by itself tells of a full disk in a way of its own.
+"""
 
 import contextlib
+import io
 import json
 import logging
 import warnings
@@ -93,11 +97,11 @@ def properties(trained: TrainedNetwork) -> dict[str, str]:
     }
 
 
-def write_safetensors(trained: TrainedNetwork, path: Path, about: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+def make_safetensors(trained: TrainedNetwork, about: dict[str, str]) -> bytes:
+    from safetensors.torch import save
 
     weights = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
-    save_file(weights, path, metadata=about | {"format": "pt"})
+    return save(weights, metadata=about | {"format": "pt"})
 
 
 def read_safetensors(path: Path, trained: TrainedNetwork) -> Logits:
@@ -110,9 +114,11 @@ def read_safetensors(path: Path, trained: TrainedNetwork) -> Logits:
     return lambda images: network(trained.normalize(images))
 
 
-def write_torch_export(trained: TrainedNetwork, path: Path, about: dict[str, str]) -> None:
+def make_torch_export(trained: TrainedNetwork, about: dict[str, str]) -> bytes:
+    file = io.BytesIO()
     with _quiet():
-        torch.export.save(_exported(trained), path, extra_files={"about.json": json.dumps(about)})
+        torch.export.save(_exported(trained), file, extra_files={"about.json": json.dumps(about)})
+    return file.getvalue()
 
 
 def read_torch_export(path: Path, trained: TrainedNetwork) -> Logits:
@@ -121,7 +127,7 @@ def read_torch_export(path: Path, trained: TrainedNetwork) -> Logits:
     return lambda images: module(images)
 
 
-def write_onnx(trained: TrainedNetwork, path: Path, about: dict[str, str]) -> None:
+def make_onnx(trained: TrainedNetwork, about: dict[str, str]) -> bytes:
     import onnx
 
     with _quiet():
@@ -144,7 +150,7 @@ def write_onnx(trained: TrainedNetwork, path: Path, about: dict[str, str]) -> No
         part.doc_string = ""
     onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    return bytes(model.SerializeToString())
 
 
 def read_onnx(path: Path, trained: TrainedNetwork) -> Logits:
@@ -178,10 +184,10 @@ def _quiet() -> Iterator[None]:
             logging.disable(logging.NOTSET)
 
 
-WRITE: dict[str, Callable[[TrainedNetwork, Path, dict[str, str]], None]] = {
-    "onnx": write_onnx,
-    "torch-export": write_torch_export,
-    "safetensors": write_safetensors,
+MAKE: dict[str, Callable[[TrainedNetwork, dict[str, str]], bytes]] = {
+    "onnx": make_onnx,
+    "torch-export": make_torch_export,
+    "safetensors": make_safetensors,
 }
 READ: dict[str, Callable[[Path, TrainedNetwork], Logits]] = {
     "onnx": read_onnx,
