@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import RIGHTS_HOLD
 from test_data_files import png
 from trained_runs import BEST, make_trained_run
 
@@ -168,7 +170,7 @@ def test_no_images_and_a_device_that_is_not_there_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"^no images: name files or folders"):
         predicted(monkeypatch, run, json_file=tmp_path / "p.json")
-    for device in ("gpu", "cuda:99"):
+    for device in ("gpu", "cuda:99", "meta", "hpu"):
         with pytest.raises(InputError, match=f"^--device {device}: .*: choose another$"):
             predicted(monkeypatch, run, digits, "--device", device, json_file=tmp_path / "p.json")
 
@@ -178,6 +180,19 @@ def test_the_command_ends_with_a_line_and_code_2_for_what_is_no_run(tmp_path: Pa
     ran = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 2
     assert ran.stderr.startswith(f"error: no run in {tmp_path}") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "config.yaml"])
+def test_a_run_that_may_not_be_read_is_named_in_a_line(
+    name: str, run: Path, digits: Path, tmp_path: Path
+) -> None:
+    secret = shutil.copytree(run, tmp_path / "run") / name
+    secret.chmod(0)
+    words = [*RIGHTS_HOLD, sys.executable, "-m", "distcv.predict", str(tmp_path / "run")]
+    ran = subprocess.run([*words, str(digits)], capture_output=True, text=True, timeout=120)
+    secret.chmod(0o700)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert str(secret) in ran.stderr and "Permission denied" in ran.stderr
 
 
 @pytest.mark.parametrize(

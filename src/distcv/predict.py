@@ -69,8 +69,8 @@ def main() -> int:
     from distcv.trained import open_run
 
     try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=arguments.device).item()  # of `meta` there are no values
+    except (RuntimeError, AssertionError, ImportError) as error:
         problem = str(error).splitlines()[0]
         raise InputError(f"--device {arguments.device}: {problem}: choose another") from None
     trained = open_run(arguments.run, which=arguments.which, device=arguments.device)
