@@ -152,6 +152,7 @@ def test_task_numbers(array: str, numbers: list[int]) -> None:
     [
         ("30", 1800), ("1:30", 90), ("02:00:00", 7200), ("1-0", 86400), ("2-12", 216000),
         ("1-1:01", 90060), ("1-01:01:01", 90061), ("UNLIMITED", None), ("", None),
+        ("0", None), ("0:00:00", None), ("0-0", None),
     ],
 )  # fmt: skip
 def test_time_limits_in_all_of_slurm_s_forms(limit: str, seconds: int | None) -> None:
@@ -248,13 +249,28 @@ def test_a_template_that_does_not_show_its_command_is_not_run(clone: Clone) -> N
         (["--gpus-per-node", "h100:4", "--nodes", "2"],
          "128: 16 a process on 8 processes (2 nodes x 4)"),
         (["--gpus-per-node", "h100"], "128: 128 a process on 1 process (1 node x 1)"),
+        (["--gpus-per-node", "h100:4,a100:2"],
+         "128: 21 to 22 a process on 6 processes (1 node x 6)"),
         (["--sbatch", "--gres=shard:1,gpu:2"], "128: 64 a process on 2 processes (1 node x 2)"),
+        (["--sbatch", "--gpus=h100:8", "--nodes", "2"],
+         "128: 16 a process on 8 processes (2 nodes x 4)"),
+        (["--sbatch", "-G8"], "128: 16 a process on 8 processes (1 node x 8)"),
+        (["--sbatch", "-G 8 --gpus-per-task=2"], "128: 16 a process on 8 processes (1 node x 8)"),
+        (["--sbatch", "--gpus-per-task=4", "--nodes", "2"],
+         "128: 16 a process on 8 processes (2 nodes x 4)"),
+        (["--sbatch", "-n 4 --gpus-per-task=2", "--nodes", "2"],
+         "128: 16 a process on 8 processes (2 nodes x 4)"),
         (["--gradient-accumulation-steps", "4", "--nodes", "2"],
          "128 in 4 parts: 16 a process on 2 processes (2 nodes x 1)"),
     ],
 )  # fmt: skip
 def test_how_the_batch_is_dealt_out(words: list[str], line: str, clone: Clone) -> None:
     assert clone.check("slurm/mnist.sh", *words, *SYNTHETIC)["batch"] == line
+
+
+@pytest.mark.parametrize("limit", ["0", "UNLIMITED"])
+def test_a_job_may_have_no_time_limit(limit: str, clone: Clone) -> None:
+    assert clone.check("slurm/mnist.sh", "--time", limit, *SYNTHETIC)["time"] == f"limit {limit}"
 
 
 # ---- What is refused ----
@@ -451,6 +467,13 @@ def test_of_an_array_the_states_are_counted_and_the_results_shown(clone: Clone) 
         "2 COMPLETED",
     ]
     assert row.split() == "gap synthetic 2 98.50 ± 0.71 98.00 99.00 3.0".split()
+
+
+def test_the_only_result_of_an_array_is_found_in_its_own_folder(clone: Clone) -> None:
+    finished_run(clone.folder / "runs/seeds-4711/seed-1", 99.0, 1)
+    clone.states("4711_0|FAILED|None|node1|0|\n4711_1|COMPLETED|None|node1|0|")
+    out = clone.submit("slurm/seeds.sh", "--array=0-1", *SYNTHETIC, "--watch", expect=1)
+    assert out.endswith("test accuracy 99.00 %, result in runs/seeds-4711/seed-1\n")
 
 
 def test_ctrl_c_ends_the_watching_only_and_a_terminal_sees_figures_in_place(clone: Clone) -> None:

@@ -23,6 +23,7 @@ from distcv.data import find_dataset
 from distcv.results import last_row
 from distcv.submit.batch import (
     Job,
+    gpus_per_node,
     log_path,
     read_job,
     run_folders,
@@ -142,12 +143,8 @@ def checks(job: Job) -> Iterator[tuple[str, str]]:
 
 def processes_per_node(job: Job, command: list[str]) -> int:
     """As launch/multinode.sh counts them: its own option, the GPUs of a node, or one."""
-    gres = job.options.get("gres", "").split(",")
-    gpus = next((word for word in gres if word.startswith("gpu")), "")
-    gpus = job.options.get("gpus-per-node", gpus)
-    number = flag_value(command[: command.index("--")], "processes-per-node") or gpus
-    number = number.split(":")[-1]
-    return max(1, int(number)) if number.isdigit() else 1  # `h100` alone is one
+    said = flag_value(command[: command.index("--")], "processes-per-node") or ""
+    return max(1, int(said) if said.isdigit() else gpus_per_node(job))
 
 
 def batch_line(recipe: Recipe, nodes: int, per_node: int) -> str:
@@ -189,11 +186,12 @@ def time_line(limit: str, signal: str | None) -> str:
     Raises:
         InputError: it is over before that.
     """
-    if signal is None:
+    seconds = seconds_in(limit)
+    if signal is None or seconds is None:
         return f"limit {limit}"
     ahead = re.search(r"@(\d+)$", signal)
-    lead, seconds = int(ahead[1]) if ahead else 60, seconds_in(limit)  # Slurm's default is 60
-    if seconds is not None and seconds <= lead:
+    lead = int(ahead[1]) if ahead else 60  # Slurm's default
+    if seconds <= lead:
         raise InputError(
             f"--time {limit} leaves nothing before the signal {lead} s ahead of the limit "
             f"(--signal={signal}): raise --time"

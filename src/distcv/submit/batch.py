@@ -16,7 +16,7 @@ from distcv.models import find_model
 REQUEUE = "launch/requeue.sh"
 SHORT = {
     "C": "constraint", "D": "chdir", "G": "gpus", "J": "job-name", "N": "nodes", "a": "array",
-    "e": "error", "o": "output", "p": "partition", "t": "time",
+    "e": "error", "n": "ntasks", "o": "output", "p": "partition", "t": "time",
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def task_numbers(array: str) -> list[int]:
 
 
 def seconds_in(limit: str) -> int | None:
-    """Seconds of a time limit in one of Slurm's forms; None for UNLIMITED and the like."""
+    """Seconds of a time limit in one of Slurm's forms; None for UNLIMITED and the like, as 0 is."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if found is None:
         return None
@@ -145,7 +145,27 @@ def seconds_in(limit: str) -> int | None:
     if days is None and len(numbers) < 3:  # minutes, or minutes:seconds
         numbers.insert(0, 0)
     hours, minutes, seconds = (*numbers, 0, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
+
+
+def gpus_per_node(job: Job) -> int:
+    """GPUs that the job asks for on each node, on the fullest if they differ; 0 without any."""
+    asked = job.options
+    gres = [word for word in asked.get("gres", "").split(",") if word.startswith("gpu")]
+    if here := _number(asked.get("gpus-per-node", ",".join(gres))):
+        return here
+    if "gpus" in asked:
+        return -(-_number(asked["gpus"]) // job.nodes)
+    tasks = _number(asked.get("ntasks-per-node", "1"))
+    if "ntasks" in asked:
+        tasks = -(-_number(asked["ntasks"]) // job.nodes)
+    return tasks * _number(asked.get("gpus-per-task", ""))
+
+
+def _number(text: str) -> int:
+    """Of `8`, `h100:8` or `h100:4,a100:2`; a kind alone, such as `h100`, is one."""
+    numbers = [part.split(":")[-1] for part in text.split(",") if part]
+    return sum(int(number) if number.isdigit() else 1 for number in numbers)
 
 
 def log_path(job: Job, job_id: str, option: str = "output") -> str:

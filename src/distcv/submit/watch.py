@@ -120,5 +120,5 @@ def results(folders: list[Path]) -> list[str]:
     """What the runs have come to, as far as they left a folder."""
     runs, skipped = read_runs(tuple(folder for folder in folders if folder.is_dir()))
     if len(runs) == 1 and (result := runs[0].result):
-        return [f"test accuracy {result['test_accuracy']:.2f} %, result in {folders[0]}"]
+        return [f"test accuracy {result['test_accuracy']:.2f} %, result in {runs[0].folder}"]
     return [*report(runs), *skipped]
