@@ -117,10 +117,13 @@ def test_runs_are_paired_by_their_seeds(tmp_path: Path, compared: Compare) -> No
 def test_a_difference_too_small_for_two_digits_gets_more(tmp_path: Path, compared: Compare) -> None:
     a = make_runs(tmp_path / "a", [99.0, 99.5, 99.2])
     b = make_runs(tmp_path / "b", [99.0039, 99.5041, 99.204], lr=0.3)
+    lines = compared(a, b)[1]
     assert (
         "B is 0.0040 points of test accuracy above A; the 95 % interval, +0.0038 to +0.0042, "
         "excludes 0: the two differ"
-    ) in compared(a, b)[1]
+    ) in lines
+    (row,) = [line.split() for line in lines if line.startswith("test accuracy")]
+    assert row[3:] == "99.2333 ± 0.2517 99.2373 ± 0.2518 +0.0040 +0.0038 to +0.0042".split()
 
 
 def test_without_common_seeds_they_are_not_paired(tmp_path: Path, compared: Compare) -> None:

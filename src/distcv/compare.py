@@ -248,8 +248,7 @@ def report(found: dict[str, Any]) -> list[str]:
 def verdict(figure: dict[str, Any]) -> str:
     """What the difference in test accuracy shows, in words."""
     difference, interval = figure["difference"], figure["interval"]
-    differ = interval is not None and not interval[0] <= 0 <= interval[1]
-    digits = 4 if differ and abs(difference) < 0.005 else 2
+    digits = _digits(figure, MEASURES["test_accuracy"][1])
     side = "above" if difference > 0 else "below"
     words = f"B is {abs(difference):.{digits}f} points of test accuracy {side} A"
     if round(difference, digits) == 0:
@@ -260,9 +259,20 @@ def verdict(figure: dict[str, Any]) -> str:
         return f"{words}; nothing varies over these seeds: more of them are needed for an interval"
     low, high = interval
     ends = f"{words}; the 95 % interval, {low:+.{digits}f} to {high:+.{digits}f},"
-    if differ:
+    if _differ(figure):
         return f"{ends} excludes 0: the two differ"
     return f"{ends} includes 0: no difference is shown"
+
+
+def _differ(figure: dict[str, Any]) -> bool:
+    interval = figure["interval"]
+    return interval is not None and not interval[0] <= 0 <= interval[1]
+
+
+def _digits(figure: dict[str, Any], digits: int) -> int:
+    """Two more where a difference that is no chance would be rounded away."""
+    vanishes = abs(figure["difference"]) < 0.5 * 10**-digits
+    return digits + 2 * (vanishes and _differ(figure))
 
 
 def _row(name: str, *cells: str) -> str:
@@ -271,6 +281,7 @@ def _row(name: str, *cells: str) -> str:
 
 
 def _cells(figure: dict[str, Any], digits: int) -> list[str]:
+    digits = _digits(figure, digits)
     cells = [spread(figure[side]["values"], f".{digits}f") for side in ("a", "b")]
     ends = figure["interval"] or ()
     interval = " to ".join(f"{end:+.{digits}f}" for end in ends)
