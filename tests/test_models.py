@@ -352,6 +352,12 @@ def test_summary_refuses_in_one_line(arguments: list[str], message: str) -> None
     assert message in result.stderr
 
 
+def test_dropout_of_nearly_everything_still_keeps_something() -> None:
+    torch.manual_seed(0)
+    out = Dropout(0.999999)(torch.ones(1000, 1000))
+    assert set(out.unique().tolist()) == {0.0, 65536.0} and int(out.count_nonzero()) < 50
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_dropout_drops_each_activation_by_itself(
