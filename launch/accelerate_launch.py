@@ -24,6 +24,7 @@ def keeps(record: logging.LogRecord) -> bool:
 
 def leave(error: Exception) -> None:
     """Exit without a traceback where the reason has been said, or can be in a line."""
+    from accelerate.utils import is_deepspeed_available
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -35,6 +36,13 @@ def leave(error: Exception) -> None:
         code = error.returncode
     if code in TOLD:
         sys.exit(code)
+    if isinstance(error, ImportError) and not is_deepspeed_available():
+        print(
+            "error: the launch file asks for DeepSpeed, which is not installed: pip install "
+            "'distcv[deepspeed]', or use launch/fsdp2.yaml",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     if isinstance(error, DistError | RendezvousError):
         sys.exit(
             f"error: this node's launcher misses the others ({str(error).splitlines()[0]}): run "

@@ -492,6 +492,25 @@ def test_the_launcher_tells_what_the_processes_can_t(
     assert ("Traceback" in ran.stderr) == (module == "distcv.nothing")
 
 
+def test_the_launcher_tells_that_deepspeed_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name)
+    )
+    config = str(ROOT / "launch/zero2.yaml")
+    words = ["--config_file", config, "--num_processes", "1", "-m", "distcv.train"]
+    monkeypatch.setattr(sys, "argv", ["accelerate_launch.py", *words])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "launch/accelerate_launch.py"), run_name="__main__")
+    assert left.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the launch file asks for DeepSpeed, which is not installed: pip install "
+        "'distcv[deepspeed]', or use launch/fsdp2.yaml\n"
+    )
+
+
 def test_the_launcher_knows_the_exit_codes_of_a_training() -> None:
     found = runpy.run_path(str(ROOT / "launch/accelerate_launch.py"), run_name="launch")
     assert found["TOLD"] == (2, NOT_SAVED, STOPPED)
