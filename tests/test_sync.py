@@ -17,7 +17,7 @@ import wandb
 from wandb_runs import be_client
 from wandb_server import WandbServer
 
-from distcv import sync
+from distcv import lease, sync
 from distcv.config import InputError
 from distcv.wandb_log import read_records, write_records
 
@@ -203,6 +203,40 @@ def test_a_run_in_progress_is_left_alone(
         ["runs/a: is in progress: send it when it has ended", "runs/b: 1 log sent, 2 rows"],
     )
     assert list(server.runs) == ["b"]
+
+
+def test_a_run_in_progress_on_another_host_is_left_alone(
+    server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_offline(Path("runs/a"), range(2), monkeypatch)
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    held = lease.Lease(Path("runs/a"))
+    held.here["host"] = "far"
+    held.lock = filelock.FileLock("far", fallback_to_soft=False, thread_local=False)
+    held.take(0, print)  # whose locks aren't seen here
+    holder = f"(host far, process {os.getpid()})"
+    with contextlib.ExitStack() as end:
+        end.callback(held.release)
+        wanted = f"runs/a: is in progress {holder}: send it when it has ended"
+        assert send("runs") == (1, [wanted])
+        assert (server.runs, list(Path("runs").rglob("*.synced"))) == ({}, [])
+
+        held._end.set()  # as if its host had died
+        held._thread.join()
+        code, lines = send("runs")
+    assert (code, lines[1:]) == (0, ["runs/a: 1 log sent, 2 rows"])
+    assert f"its holder {holder} gave no sign of life" in lines[0]
+    assert not Path("runs/a/lease.json").exists()
+
+
+def test_a_run_that_was_killed_here_is_sent_at_once(
+    server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_offline(Path("runs/a"), range(2), monkeypatch)
+    left = lease.Lease(Path("runs/a"))
+    Path("runs/a/lease.json").write_bytes(left._text())
+    assert send("runs") == (0, ["runs/a: 1 log sent, 2 rows"])
+    assert not Path("runs/a/lease.json").exists()
 
 
 def test_without_a_key_or_a_server_nothing_is_sent(

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import tyro
 from pydantic import Field
 
@@ -108,16 +107,21 @@ def send_run(folder: Path, *, incomplete: bool) -> str:
         Unsent: the run is in progress, or something could not be sent.
         InputError: the server is out of reach.
     """
+    from distcv.lease import InUse, Lease  # which loads torch
+
+    lease = Lease(folder)
     try:
-        with filelock.FileLock(folder / "lock").acquire(timeout=0):
-            logs = [read_log(path) for path in folder.glob(LOGS)]
-            logs = [log for log in logs if log.run]  # else ended before it had logged anything
-            logs.sort(key=lambda log: log.run.start_time.ToNanoseconds())
-            return _send(folder, logs, incomplete)
-    except filelock.Timeout:
-        raise Unsent("is in progress: send it when it has ended") from None
+        lease.take(0, functools.partial(print, flush=True))
+        logs = [read_log(path) for path in folder.glob(LOGS)]
+        logs = [log for log in logs if log.run]  # else ended before it had logged anything
+        logs.sort(key=lambda log: log.run.start_time.ToNanoseconds())
+        return _send(folder, logs, incomplete)
+    except InUse as holder:
+        raise Unsent(f"is in progress{holder}: send it when it has ended") from None
     except OSError as error:
         raise Unsent(f"can't be sent: {error}") from None
+    finally:
+        lease.release()
 
 
 def read_log(path: Path) -> Log:
