@@ -1,6 +1,7 @@
 """The doctor: what it finds alone, between processes that do wrong on purpose, and of services."""
 
 import base64
+import errno
 import fcntl
 import json
 import os
@@ -177,6 +178,21 @@ def test_a_folder_that_takes_no_locks_is_found(
     first, second = look_at(places.runs_folder, runs_dir=tmp_path)
     assert first.status == "wrong" and "a lock that rank 0 holds was given here too" in first.text
     assert second.status == "ok" and "writable, " in second.text and "locked" not in second.text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_folder_without_locks_is_found(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = look_at(places.runs_folder, runs_dir=tmp_path)
+    assert first.status == "wrong" and f"{tmp_path} has no locks (" in first.text
+    assert os.strerror(number) in first.text and "--runs-dir" in first.text
+    assert second.status == "ok" and "writable, " in second.text and "locked" not in second.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_threads_than_cores_are_found(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def _open_or_fill(info: DatasetInfo, data_dir: Path, folder: Path, report: Repor
 @contextlib.contextmanager
 def _lock(info: DatasetInfo, folder: Path, report: Report) -> Iterator[None]:
     path = folder / f"{info.name}.lock"
-    lock = filelock.FileLock(path)
+    lock = filelock.FileLock(path)  # a file in its place will do where there are no locks
     try:
         lock.acquire(timeout=LOCK_NOTICE_S)
     except filelock.Timeout:

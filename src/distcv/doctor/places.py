@@ -54,7 +54,9 @@ def runs_folder(world: World, arguments: Arguments) -> Iterator[Line]:
 
 @contextlib.contextmanager
 def _probe(folder: Path) -> Iterator[Path]:
-    """A folder in `folder` with a file that holds its own name, and a lock that is held."""
+    """A folder in `folder` with a file that holds its own name, and a lock that is held if it can
+    be: if not, `_problems` says so.
+    """
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,12 +65,19 @@ def _probe(folder: Path) -> Iterator[Path]:
         ) as name:
             probe = Path(name)
             (probe / "file").write_text(probe.name)
-            with filelock.FileLock(probe / "lock"):
+            with contextlib.ExitStack() as held:
+                with contextlib.suppress(OSError, NotImplementedError):
+                    held.enter_context(_lock(probe))
                 yield probe
     finally:
         with contextlib.suppress(OSError):  # another run may have come
             for path in absent:
                 path.rmdir()
+
+
+def _lock(probe: Path) -> filelock.FileLock:
+    """As a run's: not a file in its place, which filelock makes where there are no locks."""
+    return filelock.FileLock(probe / "lock", fallback_to_soft=False)
 
 
 def _problems(probe: Path) -> Iterator[Line]:
@@ -86,7 +95,7 @@ def _problems(probe: Path) -> Iterator[Line]:
         )
         return
     try:
-        with filelock.FileLock(probe / "lock").acquire(timeout=0):
+        with _lock(probe).acquire(timeout=0):
             yield Line(
                 "wrong",
                 f"{probe.parent.resolve()}: a lock that rank 0 holds was given here too, so two "
@@ -95,7 +104,11 @@ def _problems(probe: Path) -> Iterator[Line]:
     except filelock.Timeout:
         pass
     except (OSError, NotImplementedError) as error:
-        yield Line("wrong", f"{probe.parent.resolve()} has no locks ({one_line(error)})")
+        yield Line(
+            "wrong",
+            f"{probe.parent.resolve()} has no locks ({one_line(error)}): mount it with locking, or "
+            "choose --runs-dir",
+        )
 
 
 def data(world: World, arguments: Arguments) -> Iterator[Line]:
