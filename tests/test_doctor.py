@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import Serve
 from runs import ONE_THREAD, ROOT, free_port, launched
+from wandb.sdk.lib.wbauth import wbnetrc
 from wandb_server import ENTITY, KEY, WandbServer
 
 from distcv.doctor import Arguments, Finding, Line, Look, findings, lines_of, machine, places, slurm
@@ -481,6 +482,7 @@ def ask_wandb(
 ) -> Callable[..., tuple[str, str]]:
     """Asks with a base URL and a key; status and text of the answer."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setattr(places, "ANSWERS_WITHIN_S", 1.0)
 
     def ask(url: str, key: str | None = None) -> tuple[str, str]:
@@ -502,13 +504,19 @@ def wandb_server() -> Iterator[WandbServer]:
 
 
 def test_a_key_that_the_server_accepts(
-    ask_wandb: Callable[..., tuple[str, str]], wandb_server: WandbServer, tmp_path: Path
+    ask_wandb: Callable[..., tuple[str, str]],
+    wandb_server: WandbServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     accepted = ("ok", f"{wandb_server.url} accepts the key of {ENTITY}")
-    (tmp_path / ".netrc").write_text(f"machine 127.0.0.1\nlogin user\npassword {KEY}\n")
-    (tmp_path / ".netrc").chmod(0o600)
+    wbnetrc.write_netrc_auth(host=wandb_server.url, api_key=KEY)  # as wandb login does
     assert ask_wandb(wandb_server.url) == accepted, "from netrc"
-    (tmp_path / ".netrc").unlink()
+    (tmp_path / ".netrc").rename(tmp_path / "other")
+    assert ask_wandb(wandb_server.url)[1].endswith("runs are logged offline (wandb login)")
+    monkeypatch.setenv("NETRC", "~/other")
+    assert ask_wandb(wandb_server.url) == accepted, "from the file that NETRC names"
+    (tmp_path / "other").unlink()
     assert ask_wandb(wandb_server.url, KEY) == accepted
     assert wandb_server.unknown == set()
 

@@ -109,11 +109,15 @@ def wandb_server() -> str:
 
 
 def wandb_key() -> str | None:
-    """The key for that server, from WANDB_API_KEY or netrc; never to be printed."""
+    """The key for that server, from WANDB_API_KEY or netrc; never to be printed.
+
+    W&B's client writes and reads it there under the server's name with the port.
+    """
     if key := os.environ.get("WANDB_API_KEY"):
         return key
     try:
-        found = netrc.netrc().authenticators(urlsplit(wandb_server()).hostname or "")
+        keys = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser())
+        found = keys.authenticators(urlsplit(wandb_server()).netloc)
     except (OSError, netrc.NetrcParseError):
         return None
     return found[2] if found else None
