@@ -147,13 +147,21 @@ def test_what_prevents_it_is_said_in_one_line(
         patch.delenv("WANDB_API_KEY")
         wanted = f"error: no key for {host}: set WANDB_API_KEY, or call wandb login\n"
         assert call() == (2, wanted)
-    refused = {"UpsertView2": lambda v: {}["of no use"], "View": lambda v: {"project": None}}
-    monkeypatch.setitem(server.operations, "UpsertView2", refused["UpsertView2"])
+    refused = f"{host} refuses the key: see WANDB_API_KEY, or call wandb login --relogin"
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", "0" * 40)
+        assert call() == (2, f"error: {refused}\n")
+    with monkeypatch.context() as patch:  # as some servers say it
+        patch.delenv("WANDB_ENTITY")
+        patch.setitem(server.operations, "Viewer", lambda v: {"viewer": None})
+        assert call() == (2, f"error: {refused}\n")
+    broken = {"UpsertView2": lambda v: {}["of no use"], "View": lambda v: {"project": None}}
+    monkeypatch.setitem(server.operations, "UpsertView2", broken["UpsertView2"])
     code, said = call()
     assert code == 2 and said.startswith("error: W&B does not save the workspace of lab/distcv: ")
     assert said.count("\n") == 1
     server.unknown.clear()
-    monkeypatch.setitem(server.operations, "View", refused["View"])
+    monkeypatch.setitem(server.operations, "View", broken["View"])
     wanted = "error: W&B has no project lab/distcv: train with --track wandb first\n"
     assert call() == (2, wanted)
     server.refuse()

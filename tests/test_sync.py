@@ -246,7 +246,8 @@ def test_without_a_key_or_a_server_nothing_is_sent(
     host = "W&B at 127.0.0.1"
     with monkeypatch.context() as patch:
         patch.setenv("WANDB_API_KEY", "0" * 40)
-        assert send() == (2, [f"error: {host} refuses the key: see WANDB_API_KEY"])
+        refused = f"{host} refuses the key: see WANDB_API_KEY, or call wandb login --relogin"
+        assert send() == (2, [f"error: {refused}"])
         patch.delenv("WANDB_API_KEY")
         wanted = f"error: no key for {host}: set WANDB_API_KEY, or call wandb login"
         process = subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from runs import ROOT, Runs, stopped_in
-from wandb_runs import check_whole, kill, run_of, wandb_sync
+from wandb_runs import check_whole, kill, run_of, sync, wandb_sync
 from wandb_server import KEY, WandbServer
 from wandb_store import ENTITY
 
@@ -162,8 +162,28 @@ def test_a_sweep_s_run_that_was_stopped_is_gone_on_with_by_the_next_agent(
     check_key_is_secret(runs.folder, server)
 
 
+@pytest.mark.parametrize("key", ["0" * 40, "short"])
+def test_a_wrong_key_is_refused_before_the_first_step(
+    key: str, runs: Runs, server: WandbServer
+) -> None:
+    said = runs.run("r", *SHORT, expect=2, WANDB_API_KEY=key)
+    [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line == (
+        "error: --track wandb: W&B at 127.0.0.1 refuses the key: see WANDB_API_KEY, or call "
+        "wandb login --relogin: mend it, or leave one out"
+    )
+    assert "Traceback" not in said and "offline" not in said
+    assert runs.rows("r") == [] and server.runs == {}
+
+
 @pytest.mark.slow
-def test_a_wrong_key_does_not_end_the_training(runs: Runs, server: WandbServer) -> None:
+def test_a_wrong_key_does_not_end_a_run_that_goes_on(runs: Runs, server: WandbServer) -> None:
+    process = runs.start("r", *SHORT)
+    runs.wait_for_step("r", 10, process)
+    (runs.folder / "r/STOP").touch()
+    process.communicate(timeout=60)
     said = runs.run("r", *SHORT, WANDB_API_KEY="0" * 40)
-    assert "going on offline" in said and runs.result("r")["steps"] == 80
-    assert server.runs == {}
+    assert "wandb login --relogin: going on offline" in said
+    assert runs.result("r")["steps"] == 80
+    sync(runs, "r")
+    assert run_of(runs, "r", server).history[-1]["_step"] >= 80

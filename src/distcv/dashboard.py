@@ -17,7 +17,7 @@ from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Strict
-from distcv.wandb_api import USER_QUERY, ask_wandb
+from distcv.wandb_api import ask_user, ask_wandb
 
 TITLE = "distcv"
 NAME = "nw-distcv-v"  # by which W&B knows the view: nw-ID-v, with ID in its address
@@ -67,8 +67,8 @@ def save(project: str, entity: str | None) -> None:
     Raises:
         InputError: no key or project, or the server is out of reach or refuses.
     """
-    if entity is None:
-        entity = str((ask_wandb(USER_QUERY)["viewer"] or {})["entity"])
+    user = ask_user()
+    entity = entity or user
     place = {"entityName": entity, "name": project, "viewType": "project-view", "viewName": NAME}
     found = ask_wandb(VIEWS_QUERY, **place)["project"]
     if found is None:

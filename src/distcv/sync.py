@@ -21,7 +21,7 @@ from pydantic import Field
 
 from distcv.command_line import parse_arguments, run_command
 from distcv.config import InputError, Strict
-from distcv.wandb_api import ANSWER_SECONDS, USER_QUERY, ask_wandb
+from distcv.wandb_api import ANSWER_SECONDS, ask_user, ask_wandb
 from distcv.wandb_log import Log, read_records, write_records
 
 LOGS = "wandb/*run-*/run-*.wandb"  # of offline and online starts
@@ -66,7 +66,7 @@ def main() -> int:
     if not folders:
         print("nothing to send")
         return 0
-    ask_wandb(USER_QUERY)
+    ask_user()
     failed = 0
     for folder in folders:
         try:
@@ -220,7 +220,7 @@ def _wandb_sync(folder: Path, log: Path) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(ANSWER_SECONDS)
                 return
-            ask_wandb(USER_QUERY)
+            ask_user()
     finally:
         process.terminate()
         process.wait()

@@ -15,6 +15,15 @@ ANSWER_SECONDS = 20.0  # for a server to answer
 USER_QUERY = "query Viewer { viewer { entity } }"
 
 
+class KeyRefused(InputError):
+    """The server is in reach, and doesn't know the key."""
+
+    def __init__(self, host: str | None) -> None:
+        super().__init__(
+            f"W&B at {host} refuses the key: see WANDB_API_KEY, or call wandb login --relogin"
+        )
+
+
 def send_query(query: str, *, seconds: float, **variables: str | None) -> dict[str, Any]:
     """The server's whole answer to a query, sent with the key if one is set.
 
@@ -36,20 +45,34 @@ def send_query(query: str, *, seconds: float, **variables: str | None) -> dict[s
         raise
 
 
-def ask_wandb(query: str, **variables: str | None) -> dict[str, Any]:
+def ask_user(seconds: float = ANSWER_SECONDS) -> str:
+    """The user or team that the key is of; raises as :func:`ask_wandb`.
+
+    A server may answer a key that it doesn't know, too: that it is nobody's.
+    """
+    user = ask_wandb(USER_QUERY, seconds).get("viewer")
+    if not user:
+        raise KeyRefused(urlsplit(wandb_server()).hostname)
+    return str(user["entity"])
+
+
+def ask_wandb(
+    query: str, seconds: float = ANSWER_SECONDS, /, **variables: str | None
+) -> dict[str, Any]:
     """The data of the server's answer to a query.
 
     Raises:
-        InputError: there is no key, or it is refused, or the server is out of reach.
+        KeyRefused: the server doesn't know the key.
+        InputError: there is no key, or the server is out of reach.
     """
     host = urlsplit(wandb_server()).hostname
     if not wandb_key():
         raise InputError(f"no key for W&B at {host}: set WANDB_API_KEY, or call wandb login")
     try:
-        return dict(send_query(query, seconds=ANSWER_SECONDS, **variables)["data"])
+        return dict(send_query(query, seconds=seconds, **variables)["data"])
     except HTTPError as error:
         if error.code in (401, 403):
-            raise InputError(f"W&B at {host} refuses the key: see WANDB_API_KEY") from None
+            raise KeyRefused(host) from None
         problem = f"answers {error.code}"
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         problem = f"is out of reach ({type(error).__name__})"

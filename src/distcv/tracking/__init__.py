@@ -98,7 +98,12 @@ class Trackers:
         except Exception as error:  # a dead server must not end a training
             if "wandb" not in options:
                 raise
-            self.console.say(f"W&B is out of reach ({type(error).__name__}): going on offline")
+            problem = f"W&B is out of reach ({type(error).__name__})"
+            if options["wandb"]["mode"] != "offline" and (refusal := wandb_run.refusal()):
+                if not rows:
+                    raise refusal from None
+                problem = str(refusal)  # a run that goes on may do so with nobody there
+            self.console.say(f"{problem}: going on offline")
             wandb_run.forget_service()
             options["wandb"]["mode"] = "offline"
             self._start(events, options)

@@ -12,10 +12,10 @@ from urllib.error import HTTPError
 
 import numpy as np
 
-from distcv.config import Recipe
+from distcv.config import InputError, Recipe
 from distcv.environment import git_remote, wandb_key, wandb_server
 from distcv.run_folder import RunFolder
-from distcv.wandb_api import USER_QUERY, send_query
+from distcv.wandb_api import USER_QUERY, KeyRefused, ask_user, send_query
 from distcv.wandb_log import read_records
 
 # A server that answers may take its time for a model, one that doesn't costs these together.
@@ -77,6 +77,17 @@ def first_missing_step(run: Any, folder: RunFolder) -> int:
             if steps:
                 return int(steps[-1]) + 1
     return 0
+
+
+def refusal() -> KeyRefused | None:
+    """The server's refusal of the key, or None: it takes it, or doesn't answer."""
+    try:
+        ask_user(PROBE_SECONDS)
+    except KeyRefused as refused:
+        return refused
+    except InputError:
+        pass
+    return None
 
 
 def forget_service() -> None:
