@@ -162,6 +162,16 @@ def test_a_sweep_s_run_that_was_stopped_is_gone_on_with_by_the_next_agent(
     check_key_is_secret(runs.folder, server)
 
 
+def test_disabled_nothing_is_asked_and_nothing_written(runs: Runs, server: WandbServer) -> None:
+    server.fail(1000)
+    flags = [*TRAINING, "tensorboard", "--log-every", "5", "--max-steps", "10"]
+    runs.run("r", *flags, WANDB_MODE="disabled")
+    assert server.requests == []
+    folder = runs.folder / "r"
+    assert not (folder / "wandb").exists() and (folder / "tensorboard").exists()
+    assert runs.result("r")["steps"] == 10
+
+
 @pytest.mark.parametrize("key", ["0" * 40, "short"])
 def test_a_wrong_key_is_refused_before_the_first_step(
     key: str, runs: Runs, server: WandbServer

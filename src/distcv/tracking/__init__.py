@@ -1,6 +1,7 @@
 """What a run shows while it goes on: the console here and there, W&B, TensorBoard and trackio."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,7 +54,9 @@ class Trackers:
         self.held_for_wandb: dict[str, Any] = {}  # a picture, for its first row
         self.wandb_begins = 0  # the first step that W&B lacked when it was opened last
         self.stall: StallWatch | None = None
-        self.names = sorted(options.track, reverse=True) if runtime.is_main else []
+        # W&B's stand-in for a run would do, but for what its server is asked at the end.
+        off = {"wandb"} if os.environ.get("WANDB_MODE") == "disabled" else set()
+        self.names = sorted({*options.track} - off, reverse=True) if runtime.is_main else []
         self.thread = ThreadPoolExecutor(1)
 
     def open(self) -> None:
