@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distcv.command_line import printable, read_command_line
+from distcv.command_line import check_name, printable, read_command_line
 from distcv.config import (
     ADDED,
     GROUPS,
@@ -245,6 +245,13 @@ def test_flags_that_are_refused(flags: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
         read(*flags.split(" "))
     assert said in str(caught.value) and "sss" not in str(caught.value)
+
+
+def test_a_name_of_another_source_is_refused_with_it() -> None:
+    assert check_name("gap-1x7", "WANDB_RUN_ID: ") == "gap-1x7"
+    for name in ("gap-a/b", "gap-\n", 101 * "x"):
+        with pytest.raises(InputError, match=r"^WANDB_RUN_ID: a run's name is that of one folder"):
+            check_name(name, "WANDB_RUN_ID: ")
 
 
 def test_a_folder_called_like_a_recipe_is_not_in_its_way(

@@ -35,6 +35,20 @@ from distcv.environment import without_password
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+def check_name(name: str, where: str = "") -> str:
+    """A run's name, as it is.
+
+    Raises:
+        InputError: it isn't that of one folder; after ``where``.
+    """
+    if name[:1] in ("", ".") or "/" in name or not name.isprintable() or len(name) > 100:
+        raise InputError(
+            f"{where}a run's name is that of one folder: no slash, no dot at its start, 100 "
+            "characters at most"
+        )
+    return name
+
+
 class RunOptions(Strict):
     """Where a run's files go, how it is followed, and how it is executed."""
 
@@ -78,11 +92,7 @@ class RunOptions(Strict):
     @field_validator("name")
     @classmethod
     def _is_one_folder(cls, name: str | None) -> str | None:
-        if name is not None and (
-            name[:1] in ("", ".") or "/" in name or not name.isprintable() or len(name) > 100
-        ):
-            raise ValueError("a run's name is that of one folder: no slash, no dot at its start")
-        return name
+        return name if name is None else check_name(name)
 
     @field_validator("track")
     @classmethod
