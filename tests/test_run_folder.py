@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from distcv.command_line import RunOptions
 from distcv.config import InputError, Recipe
 from distcv.run_folder import RunFolder
 from distcv.runtime import Runtime
+from distcv.train import choose_folder
 
 ROW = {"event": "train", "step": 1, "epoch": 0.5}
 
@@ -113,3 +115,14 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) 
     with pytest.raises(InputError, match=r"file: File exists: .*choose") as refused:
         runtime.on_main(lambda: folder.open(Recipe(), print))
     assert "\n" not in str(refused.value)
+
+
+def test_the_id_that_an_agent_of_wandb_gives_names_the_run_if_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, options = Recipe(model="gap"), RunOptions(runs_dir=tmp_path)
+    monkeypatch.setenv("WANDB_RUN_ID", "1x7")
+    assert choose_folder(recipe, options, Runtime(recipe)).path == tmp_path / "gap-1x7"
+    monkeypatch.setenv("WANDB_RUN_ID", "../1x7")
+    with pytest.raises(InputError, match=r"WANDB_RUN_ID = '\.\./1x7': a run's name is that of one"):
+        choose_folder(recipe, options, Runtime(recipe))

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distcv.command_line import RunOptions, read_command_line, run_command
+from distcv.command_line import RunOptions, check_name, read_command_line, run_command
 from distcv.config import InputError, Recipe
 from distcv.data import find_dataset
 from distcv.environment import launch_time, set_thread_environment
@@ -80,12 +80,20 @@ def train(recipe: Recipe, options: RunOptions) -> int:
 
 
 def choose_folder(recipe: Recipe, options: RunOptions, runtime: "Runtime") -> "RunFolder":
-    """The run folder of --name, or of a name made of the model and the time of the launch."""
+    """The run folder of --name, or of the model with W&B's id or the time of the launch.
+
+    Raises:
+        InputError: that id makes no name.
+    """
     from distcv.run_folder import RunFolder
 
     started = time.strftime("%Y%m%d-%H%M%S", time.localtime(launch_time()))
-    default_name = f"{recipe.model}-{os.environ.get('WANDB_RUN_ID') or started}"
-    return RunFolder(options.runs_dir / runtime.from_main(options.name or default_name))
+    run_id = os.environ.get("WANDB_RUN_ID")
+    default_name = f"{recipe.model}-{run_id or started}"
+    name = runtime.on_main(
+        lambda: options.name or check_name(default_name, f"WANDB_RUN_ID = {run_id!r}: ")
+    )
+    return RunFolder(options.runs_dir / name)
 
 
 def run(
