@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distcv.command_line import check_name, printable, read_command_line
+from distcv.command import printable
+from distcv.command_line import check_name, read_command_line
 from distcv.config import (
     ADDED,
     GROUPS,

@@ -11,7 +11,7 @@ import distcv
 
 PACKAGE = Path(distcv.__file__).parent
 FLOORS = {
-    "__init__": 0, "config": 0, "command_line": 0, "environment": 0,
+    "__init__": 0, "config": 0, "command": 0, "command_line": 0, "environment": 0,
     "intervals": 0, "durable": 0, "files": 0,
     "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "trivial_augment": 1, "optim": 1,
     "samples": 1, "wandb_api": 1, "wandb_log": 1,

@@ -18,7 +18,7 @@ import pytest
 from runs import ROOT
 from slurm_cluster import Cluster
 
-from distcv.command_line import run_command
+from distcv.command import run_command
 from distcv.config import load_recipe
 from distcv.submit import __main__ as submit
 from distcv.submit.batch import directives, log_path, options_in, read_job, seconds_in, task_numbers

@@ -10,7 +10,7 @@ import torch
 from runs import Runs, stopped_in
 
 from distcv import train
-from distcv.command_line import run_command
+from distcv.command import run_command
 from distcv.runtime.nodes import NodeMetrics
 from distcv.tracking.stall import StallWatch
 

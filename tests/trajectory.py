@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from distcv import checkpoint
-from distcv.command_line import read_command_line, run_command
+from distcv.command import run_command
+from distcv.command_line import read_command_line
 from distcv.data import load_dataset
 from distcv.data.loading import Batch
 from distcv.loop import evaluate, train_epoch

@@ -13,7 +13,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, printable, run_command, write_file
+from distcv.command import printable, run_command
+from distcv.command_line import parse_arguments, write_file
 from distcv.config import InputError, Recipe, Strict
 from distcv.intervals import difference_interval
 from distcv.results import (

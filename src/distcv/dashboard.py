@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command import run_command
+from distcv.command_line import parse_arguments
 from distcv.config import InputError, Strict
 from distcv.wandb_api import ask_user, ask_wandb
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, printable, run_command, write_file
+from distcv.command import printable, run_command
+from distcv.command_line import parse_arguments, write_file
 from distcv.config import InputError, Strict
 from distcv.environment import set_thread_environment
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command import run_command
+from distcv.command_line import parse_arguments
 from distcv.config import Strict
 from distcv.data import DATASETS
 from distcv.models import MODELS, build_model, find_model

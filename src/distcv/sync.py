@@ -19,7 +19,8 @@ from typing import Any
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command import run_command
+from distcv.command_line import parse_arguments
 from distcv.config import InputError, Strict
 from distcv.wandb_api import ANSWER_SECONDS, ask_user, ask_wandb
 from distcv.wandb_log import Log, read_records, write_records

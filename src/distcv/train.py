@@ -11,7 +11,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distcv.command_line import RunOptions, check_name, read_command_line, run_command
+from distcv.command import run_command
+from distcv.command_line import RunOptions, check_name, read_command_line
 from distcv.config import InputError, Recipe
 from distcv.data import find_dataset
 from distcv.environment import launch_time, set_thread_environment

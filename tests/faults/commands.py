@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
-from distcv.command_line import run_command
+from distcv.command import run_command
 
 
 class Answer(NamedTuple):

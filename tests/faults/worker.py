@@ -39,7 +39,7 @@ def main(flags: list[str]) -> None:
     import distcv.loop
     import distcv.runtime
     import distcv.train
-    from distcv.command_line import run_command
+    from distcv.command import run_command
 
     rank = int(os.environ.get("RANK", "0"))
     held: set[str] = set()

@@ -14,12 +14,12 @@ import tyro
 from pydantic import Field
 
 from distcv.bench.surroundings import shown_flags, users_environment
+from distcv.command import run_command
 from distcv.command_line import (
     CommandLine,
     check_file,
     parse_known_arguments,
     read_command_line,
-    run_command,
     write_file,
 )
 from distcv.config import InputError, Strict

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command import run_command
+from distcv.command_line import parse_arguments
 from distcv.config import InputError, Recipe, Strict, load_recipe
 from distcv.data import find_dataset, load_dataset
 from distcv.environment import set_thread_environment

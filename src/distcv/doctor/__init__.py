@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, run_command
+from distcv.command import run_command
+from distcv.command_line import parse_arguments
 from distcv.config import InputError, Strict
 from distcv.data import find_dataset
 from distcv.environment import set_thread_environment

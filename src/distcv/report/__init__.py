@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from distcv.command_line import parse_arguments, printable, run_command
+from distcv.command import printable, run_command
+from distcv.command_line import parse_arguments
 from distcv.config import InputError, Strict
 from distcv.environment import set_thread_environment
 from distcv.results import Run, read_runs

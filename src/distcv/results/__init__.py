@@ -16,7 +16,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 
-from distcv.command_line import parse_arguments, printable, run_command
+from distcv.command import printable, run_command
+from distcv.command_line import parse_arguments
 from distcv.config import InputError, Recipe, Strict, load_recipe, validated
 from distcv.files import parse_json, read_json, read_text
 

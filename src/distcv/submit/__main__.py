@@ -12,12 +12,8 @@ from pathlib import Path
 import tyro
 from pydantic import Field
 
-from distcv.command_line import (
-    CommandLine,
-    flag_value,
-    parse_known_arguments,
-    run_command,
-)
+from distcv.command import run_command
+from distcv.command_line import CommandLine, flag_value, parse_known_arguments
 from distcv.config import InputError, Recipe, Strict, check_same_recipe
 from distcv.data import find_dataset
 from distcv.results import last_row

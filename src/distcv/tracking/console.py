@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from distcv.command_line import printable
+from distcv.command import printable
 from distcv.config import Recipe
 from distcv.runtime import Runtime
 
