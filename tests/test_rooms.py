@@ -12,12 +12,12 @@ import distcv
 PACKAGE = Path(distcv.__file__).parent
 FLOORS = {
     "__init__": 0, "config": 0, "command": 0, "command_line": 0, "environment": 0,
-    "intervals": 0, "durable": 0, "files": 0,
+    "intervals": 0, "durable": 0, "files": 0, "lease": 0,
     "counter_rng": 1, "models": 1, "data": 1, "augment": 1, "trivial_augment": 1, "optim": 1,
     "samples": 1, "wandb_api": 1, "wandb_log": 1,
     "runtime": 2,
     "arithmetic": 3,
-    "checkpoint": 3, "lease": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
+    "checkpoint": 3, "run_folder": 3, "tracking": 3, "preempt": 3,
     "training": 4, "loop": 4, "saving": 4, "trained": 4,
     "train": 5, "summary": 5, "data.__main__": 5,
     "results": 5, "submit": 5, "doctor": 5, "bench": 5,

@@ -34,6 +34,12 @@ def _say(error: str) -> None:
     print(f"error: {printable(without_password(error))}", file=sys.stderr)
 
 
+def die(message: str) -> None:
+    """Print one line and end this process, whatever its other threads are in."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; 2 and one line for wrong input.
 

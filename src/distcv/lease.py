@@ -23,7 +23,7 @@ from typing import Any
 
 import filelock
 
-from distcv.runtime.heartbeat import die
+from distcv.command import die
 
 BEAT_SECONDS = 4.0
 STILL_BEATS = 5  # a holder that misses so many counts as dead

@@ -22,6 +22,7 @@ from pydantic import Field
 from distcv.command import run_command
 from distcv.command_line import parse_arguments
 from distcv.config import InputError, Strict
+from distcv.lease import InUse, Lease
 from distcv.wandb_api import ANSWER_SECONDS, ask_user, ask_wandb
 from distcv.wandb_log import Log, read_records, write_records
 
@@ -108,8 +109,6 @@ def send_run(folder: Path, *, incomplete: bool) -> str:
         Unsent: the run is in progress, or something could not be sent.
         InputError: the server is out of reach.
     """
-    from distcv.lease import InUse, Lease  # which loads torch
-
     lease = Lease(folder)
     try:
         lease.take(0, functools.partial(print, flush=True))

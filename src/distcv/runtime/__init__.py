@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from distcv.command import die
 from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
 from distcv.durable import explain
 from distcv.environment import keep_memory
 from distcv.runtime.device import joined
-from distcv.runtime.heartbeat import Heartbeat, die, own_store
+from distcv.runtime.heartbeat import Heartbeat, own_store
 from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.nodes import NodeMetrics
 from distcv.runtime.sync_bn import convert
@@ -56,9 +57,8 @@ class Runtime:
             self.heartbeat = Heartbeat(own_store(), self.rank, self.processes, timeout=hang_timeout)
             self.heartbeat.start()
         self.beaten = time.monotonic()
-        self.node_metrics = (
-            NodeMetrics(self.rank, self.processes, self.device) if node_metrics else None
-        )
+        where = self.rank, self.processes, self.device
+        self.node_metrics = NodeMetrics(*where) if node_metrics else None
         self.accumulation = recipe.gradient_accumulation_steps
         self.seed, self.has_dropout = recipe.seed, recipe.dropout > 0
         self.compile, self.sync_bn = compile, sync_bn and self.processes > 1

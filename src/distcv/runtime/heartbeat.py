@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from datetime import timedelta
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+from distcv.command import die
 
 # To reach a store that is known to be up. While torch tries, no other thread of Python's runs.
 CONNECT_TIMEOUT = timedelta(seconds=30)
@@ -40,12 +41,6 @@ def own_store() -> Store:
     """
     store, _, _ = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
     return PrefixStore(f"distcv-heartbeat/{attempt()}", store)
-
-
-def die(message: str) -> None:
-    """Print one line and end this process, whatever its other threads are in."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 @dataclass
