@@ -24,7 +24,6 @@ def keeps(record: logging.LogRecord) -> bool:
 
 def leave(error: Exception) -> None:
     """Exit without a traceback where the reason has been said, or can be in a line."""
-    from accelerate.utils import is_deepspeed_available
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -36,7 +35,7 @@ def leave(error: Exception) -> None:
         code = error.returncode
     if code in TOLD:
         sys.exit(code)
-    if isinstance(error, ImportError) and not is_deepspeed_available():
+    if isinstance(error, ImportError) and "DeepSpeed" in str(error):
         print(
             "error: the launch file asks for DeepSpeed, which is not installed: pip install "
             "'distcv[deepspeed]', or use launch/fsdp2.yaml",

@@ -1,5 +1,6 @@
 """Augmentation: what each operation does, and that chance is f(seed, epoch, id)."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -224,6 +225,16 @@ def test_the_picture_of_samples_has_each_class_raw_and_augmented() -> None:
     for row in (1, 2, 3):
         changed = (tiles[row::4] != tiles[::4]).flatten(2).any(2)
         assert bool(changed.all()), "flipped, shifted and with a square cut out"
+
+
+def test_the_picture_of_a_number_of_classes_that_fill_no_row_ends_in_gray() -> None:
+    data = image_data("cifar100")
+    info = dataclasses.replace(data.info, classes=data.info.classes[:15])
+    picture = sample_picture(dataclasses.replace(data, info=info), load_recipe("resnet18"), rows=1)
+    assert picture.shape == (3, 4 * 34 + 2, 10 * 34 + 2)
+    last = picture[:, 2 * 34 :]
+    assert bool((last[:, :, 5 * 34 + 2 :] == 128).all())
+    assert torch.equal(last[:, 2:34, 4 * 34 + 2 : 5 * 34], data.train_images[14])
 
 
 @pytest.mark.parametrize("name", DATASETS)

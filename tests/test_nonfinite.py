@@ -2,23 +2,26 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import Runs
+from runs import Runs, stopped_in
 from torch import Tensor
 from trajectory import differing, state_of
 
-from distcv import loop
+from distcv import checkpoint, loop
+from distcv.checkpoint import Checkpoint
 from distcv.config import InputError, Recipe
 from distcv.data import ImageData
 from distcv.loop import Diverged, train_epoch
 from distcv.optim import OPTIMIZERS, Kept
 from distcv.runtime import Runtime
 from distcv.runtime.device import joined
+from distcv.saving import place_before
 from distcv.training import Progress, Training, build, load_data
 
 RECIPE = Recipe(
@@ -252,7 +255,7 @@ def test_without_a_finite_gradient_at_any_loss_scale_a_training_ends(
     backward = runtime.backward
     monkeypatch.setattr(runtime, "backward", lambda loss: backward(loss * INF))
     one.to(2)
-    with pytest.raises(Diverged, match="steps at every loss scale down to 1, by step 3"):
+    with pytest.raises(Diverged, match="no finite gradient at any loss scale down to 1, by step 3"):
         one.to(STEPS)
     assert one.progress.skipped_steps == 0
 
@@ -296,6 +299,65 @@ def test_a_rollback_passes_over_a_checkpoint_with_spoilt_weights(tmp_path: Path)
     assert [event.step for event in seen] == steps
     assert [event.value for event in seen] == pytest.approx([0.01] * 6)
     assert events.Tags()["images"] == ["samples"]
+
+
+def test_a_stop_after_a_rollback_behind_the_start_is_saved(tmp_path: Path) -> None:
+    runs, flags = Runs(tmp_path, tmp_path), [*EXPLODES, "--max-steps", "6", *ROLLS_BACK]
+    for call in (1, 4):  # steps 2, 3 and 4 have no finite loss, then it is the first one's turn
+        command = stopped_in("lr_at", tmp_path / "r/STOP", call)
+        assert "stopped after step 1;" in runs.run("r", *flags, command=command, expect=75)
+    assert checkpoint.steps(tmp_path / "r/checkpoints") == [0, 1]
+    assert runs.rows("r")[-1]["lr"] == pytest.approx(0.01)
+    assert "resuming after step 1" in runs.run("r", *flags)
+
+
+def test_a_rollback_on_a_full_disk_stops_the_run_unsaved(tmp_path: Path) -> None:
+    code = (
+        "import errno, os, distcv.run_folder as run_folder, distcv.train as train\n"
+        "cut = run_folder.RunFolder.cut_metrics\n"
+        "def full(self, step, **more):\n"
+        "    if self.whole_rows:\n"
+        "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))\n"
+        "    cut(self, step, **more)\n"
+        "run_folder.RunFolder.cut_metrics = full\n"
+        "train.command()"
+    )
+    runs, flags = Runs(tmp_path, tmp_path), [*EXPLODES, "--max-steps", "1", *ROLLS_BACK]
+    said = runs.run("r", *flags, command=[sys.executable, "-c", code], expect=74)
+    assert "not rolled back (" in said and "No space left on device: make room" in said
+    assert "stopped unsaved; to go on: the same command with --name r" in said
+    runs.run("r", *flags)
+    assert math.isfinite(runs.result("r")["test_loss"])
+
+
+def saved(folder: Path, progress: Progress, growth: int | None = None) -> Path:
+    scaler = {} if growth is None else {"scale": 4.0, "_growth_tracker": growth}
+    state = {"progress": dataclasses.asdict(progress), "scaler": scaler}
+    return checkpoint.save(folder, progress.step, Checkpoint({}, state))
+
+
+def test_the_place_to_go_back_to_is_one_from_which_a_step_went_well(tmp_path: Path) -> None:
+    said = list[str]()
+    for step in (0, 4, 8):
+        saved(tmp_path, Progress(step=step))
+    progress = Progress(step=11, skipped_steps=3)
+    assert place_before(tmp_path, progress, said.append) == tmp_path / "step-00000004"
+    assert said == ["no step from checkpoint step-00000008 went well: kept as "
+                    "diverged-step-00000008"]  # fmt: skip
+    progress.step = 12
+    saved(tmp_path, Progress(step=8))
+    assert place_before(tmp_path, progress, said.append) == tmp_path / "step-00000008"
+    # The only whole one is not renamed.
+    progress.step = 11
+    for step in (0, 4):
+        (tmp_path / f"step-{step:08d}/state.json").write_text("{}")
+    assert place_before(tmp_path, progress, said.append) == tmp_path / "step-00000008"
+
+
+def test_of_fp16_none_amid_overflows_is_gone_back_to(tmp_path: Path) -> None:
+    for step, growth in ((0, 0), (4, 4), (6, 0), (8, 0)):
+        saved(tmp_path, Progress(step=step), growth)
+    assert place_before(tmp_path, Progress(step=11), print) == tmp_path / "step-00000004"
 
 
 def test_a_rollback_factor_above_one_is_refused() -> None:

@@ -109,6 +109,14 @@ def test_a_run_that_evaluates_again_drops_the_row_of_that_evaluation(tmp_path: P
     assert [(row["step"], row["event"]) for row in folder.rows()] == [(2, "epoch"), (3, "train")]
 
 
+def test_rows_that_wait_for_room_are_dropped_likewise(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.unwritten = b"".join(json.dumps(ROW | {"step": n}).encode() + b"\n" for n in (1, 3))
+    folder.cut_metrics(1)
+    folder.add_row(ROW | {"step": 2})
+    assert [row["step"] for row in folder.rows()] == [1, 2]
+
+
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder, runtime = RunFolder(tmp_path / "file" / "run"), Runtime(Recipe())

@@ -209,8 +209,8 @@ def test_a_run_in_progress_on_another_host_is_left_alone(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_offline(Path("runs/a"), range(2), monkeypatch)
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
-    held = lease.Lease(Path("runs/a"))
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.3)
+    held = lease.Lease(Path("runs/a"), give_up=print)
     held.here["host"] = "far"
     held.lock = filelock.FileLock("far", fallback_to_soft=False, thread_local=False)
     held.take(0, print)  # whose locks aren't seen here

@@ -65,7 +65,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is None:  # of a connection, say
             raise
-        _say(f"{error.filename}: {error.strerror}: mend that, or choose another")
+        _say(f"{error.filename}: {error.strerror or error}: mend that, or choose another")
         code = 2
     try:
         sys.stdout.flush()

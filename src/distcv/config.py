@@ -79,7 +79,7 @@ class TrainingFields(Strict):
     nonfinite: Literal["stop", "rollback"] = Field(
         "stop",
         description="After 3 steps in a row without a finite loss and gradient, or a test loss "
-        "that is not finite: stop, or go back to the last checkpoint.",
+        "that is not finite: stop, or go back to the last checkpoint with a good step after it.",
     )
     rollback_lr_factor: float = Field(
         0.5, gt=0, le=1, description="Factor of the learning rate from each rollback on."

@@ -178,11 +178,10 @@ def train_epoch(
         step_seconds = max((elapsed - last_look) / (progress.step - looked_at), 1e-6)
         last_look, looked_at, look_at = elapsed, progress.step, progress.step + int(due_in)
         if diverged or spent or (progress.step == end and progress.epoch_sums[2] + sums[2] == 0):
-            many = f"{SKIPS} steps in a row, or all of an epoch"
-            steps = "steps at every loss scale down to 1" if spent else many
-            raise Diverged(
-                f"no finite loss and gradient in {steps}, by step {progress.step}, lr {lr:.4g}"
-            )
+            what = f"no finite loss and gradient in {SKIPS} steps in a row, or all of an epoch"
+            if spent:
+                what = "no finite gradient at any loss scale down to 1"
+            raise Diverged(f"{what}, by step {progress.step}, lr {lr:.4g}")
         if log_due and sums[2]:
             images = (progress.step - since_step) * recipe.batch_size
             rate = images / (elapsed - last_logged)

@@ -123,11 +123,11 @@ class RunFolder:
 
         Those are the rows of later steps; where the evaluation after ``step`` is due, its too.
         """
-        rows = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
         last = step, not evaluation_due
-        kept = b"".join(row + b"\n" for row in rows if _row_place(row) <= last)
+        written = self.metrics.read_bytes() if self.metrics.exists() else b""
+        kept = _rows_to(last, written)
         replace_file(self.metrics, kept)
-        self.whole_rows = len(kept)
+        self.whole_rows, self.unwritten = len(kept), _rows_to(last, self.unwritten)
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl, or keep it until there is room."""
@@ -221,6 +221,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[
 
     old, new = flat(before), flat(now)
     return {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
+
+
+def _rows_to(last: tuple[float, bool], rows: bytes) -> bytes:
+    return b"".join(row + b"\n" for row in rows.splitlines() if _row_place(row) <= last)
 
 
 def _row_place(row: bytes) -> tuple[float, bool]:

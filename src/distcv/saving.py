@@ -1,7 +1,8 @@
 """Saving a training at its save points, and what happens where that fails."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from distcv import checkpoint
 from distcv.checkpoint import Checkpoint
@@ -11,6 +12,8 @@ from distcv.preempt import StopRequest
 from distcv.run_folder import RunFolder
 from distcv.tracking import Console, Trackers
 from distcv.training import Progress, Training, read_progress, restore, snapshot
+
+T = TypeVar("T")
 
 FAILURES = 3  # saves in a row that fail before a run stops
 ROLLBACKS = 3  # of one run, at most
@@ -83,38 +86,39 @@ class Saver:
     def roll_back(self, progress: Progress, why: Exception) -> Progress | None:
         """Go back to the newest checkpoint with a lower learning rate, by all processes together.
 
-        If no step from it went well, its weights are spoilt: it is renamed, and the one before is
-        taken, if there is one. What is gone back to is written anew, so that a run that is resumed
-        from it goes the same way. None if the run is to stop instead: that is the recipe's choice,
-        or rollbacks didn't help.
+        One from which no step went well is renamed, if there is one before, which is taken. What is
+        gone back to is written anew, so that a run that is resumed from it goes the same way. None
+        if the run is to stop instead: that is the recipe's choice, or rollbacks didn't help.
+
+        Raises:
+            NotSaved: the run folder can't be brought to where the run goes back to.
         """
         recipe, runtime, folder = self.training.recipe, self.training.runtime, self.folder
         if recipe.nonfinite == "stop" or progress.rollbacks == ROLLBACKS:
             return None
-        path = runtime.on_main(lambda: self._place_before(progress))
+        say = self.console.say
+        path = self._in_folder(lambda: place_before(folder.checkpoints, progress, say))
         if path is None:
             return None
         before = progress.rolled_back(restore(self.training, checkpoint.load(path)), recipe)
         runtime.wait()  # until all have read what is written anew below
         due = self.training.evaluation_due(before)
-        runtime.on_main(lambda: folder.cut_metrics(before.step, evaluation_due=due))
+        self._in_folder(lambda: folder.cut_metrics(before.step, evaluation_due=due))
         what = f"rolled back to step {before.step}, learning rate times {before.lr_factor:g}"
-        self.console.say(f"{why}; {what}")
+        say(f"{why}; {what}")
         self.trackers.rolled_back(what)
         self.save(before)
         return before
 
-    def _place_before(self, progress: Progress) -> Path | None:
-        """The checkpoint to go back to."""
-        folder = self.folder.checkpoints
-        path = checkpoint.newest(folder, self.console.say)
-        if path is None or len(checkpoint.steps(folder)) == 1:
-            return path
-        if progress.went_well_since(read_progress(checkpoint.load_state(path))):
-            return path
-        aside = set_aside(path, "diverged")
-        self.console.say(f"no step from checkpoint {path.name} went well: kept as {aside.name}")
-        return checkpoint.newest(folder, self.console.say)
+    def _in_folder(self, action: Callable[[], T]) -> T:
+        """Let the main process do something in the run folder, or stop the run."""
+        try:
+            done: T = self.training.runtime.on_main(action)
+        except InputError as problem:
+            self.console.say(f"not rolled back ({problem})")
+            self.trackers.close(stopped=True)
+            self._stop()
+        return done
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write result.json, by all processes together.
@@ -128,7 +132,36 @@ class Saver:
             self.console.say(f"the result is not saved ({problem})")
             self._stop()
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         name = self.folder.path.name
         self.console.say(f"stopped unsaved; to go on: the same command with --name {name}")
         raise NotSaved
+
+
+def place_before(folder: Path, progress: Progress, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint from which a step went well, else the oldest whole one.
+
+    Those after it are renamed and ``say`` gets a line for each, as for damaged ones. None if there
+    is no whole one.
+    """
+    if (path := checkpoint.newest(folder, say)) is None:
+        return None
+    for older in checkpoint.candidates(folder)[1:]:
+        if went_well_from(checkpoint.load_state(path), progress):
+            break
+        if checkpoint.damage(older) is None:
+            aside = set_aside(path, "diverged")
+            say(f"no step from checkpoint {path.name} went well: kept as {aside.name}")
+            path = older
+    return path
+
+
+def went_well_from(state: dict[str, Any], progress: Progress) -> bool:
+    """Whether a step from a checkpoint with this state changed the weights.
+
+    The loss scaler of fp16 leaves out steps by itself; it tells only whether it did so last.
+    """
+    before = read_progress(state)
+    amid_overflows = before.step > 0 and state["scaler"].get("_growth_tracker") == 0
+    skipped = progress.skipped_steps - before.skipped_steps
+    return progress.step - before.step > skipped and not amid_overflows

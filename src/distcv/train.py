@@ -220,7 +220,7 @@ def run(
                 trackers.fail(str(error))
                 runtime.wait()  # a launcher ends all as soon as one has left
                 raise
-            progress = before
+            progress, resumed_at = before, before.step
             continue
         if stopped or evaluation is None:
             return leave()

@@ -64,10 +64,6 @@ class Progress:
             too_many = too_many or self.skipped_in_a_row >= SKIPS
         return too_many
 
-    def went_well_since(self, before: "Progress") -> bool:
-        """Whether a step since then was not skipped."""
-        return self.step - before.step > self.skipped_steps - before.skipped_steps
-
     def rolled_back(self, before: "Progress", recipe: Recipe) -> "Progress":
         """That of a training which goes on from ``before`` with a lower learning rate."""
         return dataclasses.replace(

@@ -149,17 +149,25 @@ def seconds_in(limit: str) -> int | None:
 
 
 def gpus_per_node(job: Job) -> int:
-    """GPUs that the job asks for on each node, on the fullest if they differ; 0 without any."""
+    """GPUs that the job asks for on each node; 0 without any.
+
+    Raises:
+        InputError: nodes would get more than one task, or not the same number of GPUs.
+    """
     asked = job.options
+    for option, most in (("ntasks-per-node", 1), ("ntasks", job.nodes)):
+        if _number(asked.get(option, "")) > most:
+            raise InputError(
+                f"--{option} {asked[option]}: one task a node starts all its processes: leave it "
+                "away"
+            )
     gres = [word for word in asked.get("gres", "").split(",") if word.startswith("gpu")]
     if here := _number(asked.get("gpus-per-node", ",".join(gres))):
         return here
-    if "gpus" in asked:
-        return -(-_number(asked["gpus"]) // job.nodes)
-    tasks = _number(asked.get("ntasks-per-node", "1"))
-    if "ntasks" in asked:
-        tasks = -(-_number(asked["ntasks"]) // job.nodes)
-    return tasks * _number(asked.get("gpus-per-task", ""))
+    here, rest = divmod(_number(asked.get("gpus", "")), job.nodes)
+    if rest or "gpus-per-socket" in asked:
+        raise InputError("each node has to get the same number of GPUs: give --gpus-per-node")
+    return here or _number(asked.get("gpus-per-task", ""))
 
 
 def _number(text: str) -> int:

@@ -23,9 +23,9 @@ ALERT_SECONDS = 2.0  # for an alert to leave, before a process that fails ends
 
 
 class Trackers:
-    """The trackers of a run, on the main process, through Accelerate; they never stop a training.
+    """The trackers of a run, on the main process, through Accelerate.
 
-    A thread of its own does all that has to do with them, one after the other: the training doesn't
+    Once they are open they never stop a training. A thread of its own does all that has to do with them, one after the other: the training doesn't
     wait where one is slow, or is opened once more.
 
     Args:
@@ -168,9 +168,9 @@ class Trackers:
         """
         if not self.names:
             return
-        self.rows = self.folder.rows()
 
         def tell() -> None:
+            self.rows = self.folder.rows()
             if "tensorboard" in self.names:
                 writer = self.runtime.trackers.run("tensorboard")
                 writer.close()
