@@ -25,8 +25,8 @@ ALERT_SECONDS = 2.0  # for an alert to leave, before a process that fails ends
 class Trackers:
     """The trackers of a run, on the main process, through Accelerate.
 
-    Once they are open they never stop a training. A thread of its own does all that has to do with them, one after the other: the training doesn't
-    wait where one is slow, or is opened once more.
+    Once they are open they never stop a training. A thread of its own does all that has to do with
+    them, one after the other: the training doesn't wait where one is slow, or is opened once more.
 
     Args:
         commit: the commit of the code that trains, or None.
