@@ -179,7 +179,7 @@ MUTANTS = (
     Mutant(
         "rows cut off at a rollback",
         "saving.py",
-        "        runtime.on_main(lambda: folder.cut_metrics(before.step, evaluation_due=due))\n",
+        "        self._in_folder(lambda: folder.cut_metrics(before.step, evaluation_due=due))\n",
         "        pass\n", THREE,
     ),
     Mutant(
