@@ -106,7 +106,7 @@ class Saver:
         self._in_folder(lambda: folder.cut_metrics(before.step, evaluation_due=due))
         what = f"rolled back to step {before.step}, learning rate times {before.lr_factor:g}"
         say(f"{why}; {what}")
-        self.trackers.rolled_back(what)
+        self._in_folder(lambda: self.trackers.rolled_back(what))
         self.save(before)
         return before
 

@@ -164,13 +164,16 @@ class Trackers:
         """Take back the rows that were cut from metrics.jsonl, where a tracker can.
 
         TensorBoard is told to forget them. W&B and trackio, whose steps only rise, keep them, and
-        lack those of the same steps that come instead.
+        lack those of the same steps that come instead. To be called by the main process.
+
+        Raises:
+            OSError: the rows can't be read.
         """
         if not self.names:
             return
+        self.rows = self.folder.rows()
 
         def tell() -> None:
-            self.rows = self.folder.rows()
             if "tensorboard" in self.names:
                 writer = self.runtime.trackers.run("tensorboard")
                 writer.close()
