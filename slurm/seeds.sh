@@ -5,7 +5,9 @@
 #   sbatch --array=0-9 slurm/seeds.sh --model gap
 #   sbatch --array=0-4%2 --gpus-per-node=1 slurm/seeds.sh --model resnet18     two at a time
 # Options of Slurm come before the script, flags of distcv.train after it. Submit from the clone. A
-# task that is preempted, or comes to its time limit, saves, is requeued and goes on by itself.
+# task that is preempted, or comes to its time limit, saves, is requeued and goes on by itself. An
+# array that was cancelled goes on where it is submitted again with its folder:
+#   RUNS_DIR=runs/seeds-ID sbatch --array=0-9 slurm/seeds.sh --model gap
 
 #SBATCH --job-name=seeds
 #SBATCH --array=0-4
@@ -25,7 +27,7 @@ srun=(srun)
 # srun+=(--container-image="$PWD/distcv.sqsh" --container-mounts="$PWD" --container-workdir="$PWD")   # pyxis
 # srun+=(apptainer exec --nv --bind "$PWD" distcv.sif)
 
-runs=runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID
+runs=${RUNS_DIR:-runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID}
 run_or_requeue "${srun[@]}" launch/multinode.sh -- --seed "$SLURM_ARRAY_TASK_ID" "$@" \
     --runs-dir "$runs" --name "seed-$SLURM_ARRAY_TASK_ID"
 

@@ -223,6 +223,14 @@ def test_each_task_of_an_array_has_its_run_folder(clone: Clone) -> None:
     )
 
 
+def test_a_cancelled_array_goes_on_in_its_own_folder(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNS_DIR", "runs/seeds-5")
+    out = clone.submit("slurm/seeds.sh", "--array", "2-9", *SYNTHETIC)
+    assert out.endswith("run folder  runs/seeds-5/seed-2\nrun folder  runs/seeds-5/seed-9\n")
+
+
 def test_the_job_ids_of_an_array_s_tasks_are_not_guessed(clone: Clone) -> None:
     out = clone.submit("slurm/mnist.sh", "--array", "0-3", *SYNTHETIC)
     assert out.endswith("log         mnist-*.out\nrun folder  runs/mnist-*\n")
@@ -335,6 +343,15 @@ def test_another_folder_than_the_clone_is_refused(
     monkeypatch.chdir(clone.folder / "elsewhere")
     err = clone.submit("../slurm/mnist.sh", *SYNTHETIC, expect=2)
     assert err.startswith(f"error: no launch/requeue.sh in {clone.folder}/elsewhere: submit from")
+
+
+def test_a_template_whose_requeues_would_begin_anew_is_refused(clone: Clone) -> None:
+    text = '#!/bin/bash\n. launch/requeue.sh\nrun_or_requeue srun launch/multinode.sh -- {} "$@"\n'
+    named = clone.template(text.format('--name "a-$SLURM_JOB_ID"'))
+    assert clone.check(named, *SYNTHETIC)["run folder"] == "runs/a-%j, new"
+    said = clone.submit(clone.template(text.format("")), *SYNTHETIC, expect=2)
+    assert said.startswith("error: own.sh: no --name, so each requeue would begin a new run: put")
+    assert not clone.calls()[1:]
 
 
 def test_a_template_that_fails_is_refused_with_its_reason(clone: Clone) -> None:

@@ -123,8 +123,12 @@ def checks(job: Job) -> Iterator[tuple[str, str]]:
 
         yield "data", check_cached(find_dataset(recipe.dataset), options.data_dir)
         yield "batch", batch_line(recipe, job.nodes, processes_per_node(job, command))
-        if options.name:
-            yield "run folder", folder_line(options.runs_dir / options.name, recipe)
+        if options.name is None:
+            raise InputError(
+                f"{job.template}: no --name, so each requeue would begin a new run: put "
+                '--name "$SLURM_JOB_NAME-$SLURM_JOB_ID" before "$@"'
+            )
+        yield "run folder", folder_line(options.runs_dir / options.name, recipe)
     else:
         yield "recipe", "not checked: the template doesn't show flags of distcv.train"
     if "time" in job.options:
