@@ -1,6 +1,7 @@
 """Programs with one guard taken out, which the fault suites have to notice."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -283,6 +284,10 @@ def try_mutant(mutant: Mutant, data_dir: Path) -> str | None:
         )
     if ran.returncode == 0:
         return None
-    return next(
-        (line for line in ran.stdout.splitlines() if line.startswith("  ")), ran.stderr[-300:]
-    )
+    said = (line for line in ran.stdout.splitlines() if line.startswith("  "))
+    return without_places(next(said, ran.stderr[-300:]))
+
+
+def without_places(text: str) -> str:
+    """Without the folders of this machine: of each absolute path its last part."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\",:()]+/)+", "", text)
