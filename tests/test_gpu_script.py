@@ -121,7 +121,36 @@ def test_the_targets_are_judged_by_the_figures() -> None:
     assert verdicts(made_up(rate=70e3, bare=1, accuracy=93.9, seconds=19))[2:5] == [
         True, False, False,
     ]  # fmt: skip
+    for row in good.values():
+        row["command"] = "python -m distcv.bench --dataset synthetic"
+    assert verdicts(good) == [None] * len(gpu.judge({})), "of other data nothing is judged"
     assert verdicts({}) == [None] * len(gpu.judge({}))
+
+
+def test_what_is_called_warm_is_measured_behind_a_cold_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, done = tmp_path / "cache", []
+    monkeypatch.setattr(gpu, "CACHE", cache)
+
+    def run(step: Step, folders: list[str], limit: float) -> dict[str, Any]:
+        done.append((step.name, cache.exists()))
+        cache.mkdir(exist_ok=True)
+        fails = {"failed": ["exit code 1"]} if done == first else None
+        return {"wall_seconds": 1.0, **(fails or {"figures": {"images_per_second": 8}})}
+
+    monkeypatch.setattr(gpu, "run", run)
+    first = [(gpu.COLD, False), (gpu.WARM, True)]
+    steps = [python(name, "") for name in (gpu.COLD, gpu.WARM, "bench compiled")]
+    rows = gpu.measure(steps, tmp_path / "gpu.json", [], 100)
+    assert done == [*first, ("bench compiled", True)] and "failed" in rows[gpu.WARM]
+    done.clear()
+    first.clear()
+    gpu.measure(steps, tmp_path / "gpu.json", [], 100)
+    assert done == [(gpu.COLD, False), (gpu.WARM, True)], "again, from an empty cache"
+    done.clear()
+    gpu.measure(steps, tmp_path / "gpu.json", [], 100)
+    assert not done
 
 
 def test_the_whole_plan_is_understood_by_the_commands() -> None:

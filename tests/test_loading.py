@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcv.config import InputError
 from distcv.data.loading import (
@@ -84,6 +85,24 @@ def test_one_indexed_fetch_a_batch() -> None:
         assert torch.equal(batch.images.flatten().long(), batch.ids)
         assert torch.equal(batch.labels, batch.ids)
     assert calls == [8, 8]
+
+
+def test_resident_images_are_fetched_by_places_on_their_device() -> None:
+    """CPU places would make the host wait in every step; "cuda" and "cuda:0" are not equal."""
+
+    class Places(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.index.Tensor:
+                places.append(args[1][0].device.type)
+            return func(*args, **(kwargs or {}))
+
+    places: list[str] = []
+    images, labels = torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.arange(20)
+    data = ResidentImages(images, labels, torch.device("meta"))
+    data.device = torch.device("meta", 0)  # other than its tensors', as where no number was given
+    with Places():
+        data.__getitems__(torch.tensor([3, 7, PADDING]))
+    assert places == ["meta", "meta"]
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -13,6 +13,7 @@ import distcv
 from distcv.config import InputError
 from distcv.models import MODELS, build_model
 from distcv.models.dropout import Dropout
+from distcv.runtime.device import use_channels_last
 
 PARAMS = {
     "tiny_v1": 24_986,
@@ -350,6 +351,26 @@ def test_summary_refuses_in_one_line(arguments: list[str], message: str) -> None
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(("name", "wide"), [("resnet18", True), ("gap", False)])
+@pytest.mark.parametrize("weights", [True, False])
+def test_maps_are_channels_last_where_that_pays(name: str, wide: bool, weights: bool) -> None:
+    """Also where the weights may not be, as under FSDP2 and ZeRO."""
+    maps = []
+    network = build_model(name, channels=3 if wide else 1, classes=10)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.out_channels > 1:
+            module.register_forward_hook(lambda module, inputs, out: maps.append(out))
+    use_channels_last(network, torch.device("cpu"), weights=weights)
+    images = torch.randn(2, 3 if wide else 1, 32 if wide else 28, 32 if wide else 28)
+    network(images)
+    large = [m for m in maps if m.shape[2] > 1]
+    assert [m.is_contiguous(memory_format=torch.channels_last) for m in large] == [
+        wide for _ in large
+    ]
+    last = next(w for w in network.parameters() if w.ndim == 4 and w.shape[2] > 1)
+    assert last.is_contiguous() == (not wide or not weights)
 
 
 def test_dropout_of_nearly_everything_still_keeps_something() -> None:

@@ -268,7 +268,10 @@ class MovingAverage:
         """
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
         average = list(self.average.values())
-        torch._foreach_lerp_(average, list(self.live.values()), [weight] * len(average))
+        # Not _foreach_lerp_: on a GPU it takes tensor by tensor where the weight is one, too.
+        change = torch._foreach_sub(list(self.live.values()), average)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(average, change)
 
     @torch.no_grad()
     def swap(self) -> None:

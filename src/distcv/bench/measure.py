@@ -46,7 +46,8 @@ def ratio(over: list[float], under: list[float]) -> float:
 def parts(own: OwnLoop, seconds: float) -> dict[str, float]:
     """Share of each part in the time of distcv's loop, by torch's profiler; the rest is `other`.
 
-    On a GPU these are the times of its kernels. The profiler itself slows small networks down.
+    On a GPU these are the times of its kernels in 20 steps: a profile of seconds takes minutes to
+    add up. The profiler itself slows small networks down. Empty where it saw no kernels.
     """
     on_gpu = torch.cuda.is_available() and own.training.runtime.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -56,13 +57,15 @@ def parts(own: OwnLoop, seconds: float) -> dict[str, float]:
     # On a GPU the backward pass has a thread of its own, whose kernels would be nobody's.
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with one_thread, _named_parts(own), profile, record_function("whole"):
-        own.run(seconds)
+        own.run(0, steps=20) if on_gpu else own.run(seconds)
         synchronize()
     totals = dict.fromkeys((*PARTS, "whole"), 0.0)
     for event in profile.key_averages():
         if event.key in totals:
             time_ = event.device_time_total if on_gpu else event.cpu_time_total
             totals[event.key] = max(totals[event.key], time_)
+    if not totals["whole"]:
+        return {}
     shares = {part: totals[part] / totals["whole"] for part in PARTS}
     return shares | {"other": 1 - sum(shares.values())}
 

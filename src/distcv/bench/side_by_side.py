@@ -98,7 +98,7 @@ def table(recipe: Recipe, where: str, figures: dict[str, Any]) -> list[str]:
         f"{figures['flops_per_image'] / 1e6:,.1f} MFLOP an image; a matmul here makes "
         f"{figures['matmul_flops'] / 1e9:,.0f} GFLOP/s a process",
     ]
-    if "parts" in figures:
+    if figures.get("parts"):
         shares = (f"{name} {100 * share:.0f} %" for name, share in figures["parts"].items())
         lines.append(f"time by part: {', '.join(shares)}")
     return [*lines, _memory_line(figures["memory"])]

@@ -37,7 +37,7 @@ class ResidentImages(Dataset[Batch]):
     def __init__(
         self, images: Tensor, labels: Tensor, device: torch.device, *, fits: bool = True
     ) -> None:
-        self.device = device
+        self.device, self.fits = device, fits
         self.images = images.to(device) if fits else images
         self.labels = labels.to(device)
 
@@ -47,7 +47,7 @@ class ResidentImages(Dataset[Batch]):
     def __getitems__(self, ids: Tensor) -> Batch:
         on_device = ids.to(self.device, non_blocking=True)
         places = on_device.clamp(min=0)
-        if self.images.device == self.device:
+        if self.fits:
             images = self.images[places]
         else:
             images = self.images[ids.clamp(min=0)].to(self.device, non_blocking=True)

@@ -18,7 +18,7 @@ from distcv.config import InputError, Recipe
 from distcv.counter_rng import hash_int
 from distcv.durable import explain
 from distcv.environment import keep_memory
-from distcv.runtime.device import joined
+from distcv.runtime.device import joined, use_channels_last
 from distcv.runtime.heartbeat import Heartbeat, own_store
 from distcv.runtime.launch import choose_strategy, start
 from distcv.runtime.nodes import NodeMetrics
@@ -108,17 +108,16 @@ class Runtime:
     ) -> tuple[Any, ...]:
         """Wrap network, optimizer and loaders for the strategy; the network itself stays usable.
 
-        The network is compiled before it is wrapped: DDP's own optimizer would otherwise split the
-        graph at its buckets (pytorch issue 139207).
+        A compiled network has a graph of its own for each size of a batch, of which there are few;
+        DDP splits it at its buckets, whose exchange so runs beside the backward pass.
         """
         network.to(self.device)
-        if self.strategy.keeps_memory_format and self._channels_last_pays(network):
-            network.to(memory_format=torch.channels_last)
+        use_channels_last(network, self.device, weights=self.strategy.keeps_memory_format)
         if self.sync_bn:
             convert(network, self.device)
         self.strategy.adopt(network, optimizer)
         if self.compile:
-            network.compile()
+            network.compile(dynamic=False)
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers; Accelerate knows only the old name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -126,13 +125,6 @@ class Runtime:
         self.strategy.wrapped(prepared[0], prepared[1])
         self.statistics = joined(network.buffers())
         return tuple(prepared)
-
-    def _channels_last_pays(self, network: nn.Module) -> bool:
-        """On a GPU always; on a CPU where all maps are wide: 1.14 for `resnet18`, 0.85 for `gap`
-        (ratio of images/s, two cores of an AMD EPYC, fp32).
-        """
-        widths = [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)]
-        return self.device.type == "cuda" or min(widths, default=0) >= 64
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Half precision where it is safe; weights, gradients and their exchange stay fp32."""
@@ -309,7 +301,7 @@ class Runtime:
         (gloo, torch 2.15).
         """
         if dist.is_initialized():
-            dist.barrier()
+            self.wait()
             if self.heartbeat:
                 self.heartbeat.close()
             dist.destroy_process_group()

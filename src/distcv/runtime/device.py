@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ALIGNMENT = 64  # numbers; kernels may ask for 16 bytes
 
@@ -31,6 +31,26 @@ def computes_in(precision: str, device: torch.device) -> bool:
     if device.type != "cpu" or precision == "fp32" or not torch._C._has_mkldnn:
         return True
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")())
+
+
+def use_channels_last(network: nn.Module, device: torch.device, *, weights: bool) -> None:
+    """Let a network's maps lie in memory as channels_last, if it pays.
+
+    On a GPU always; on a CPU where all maps are wide: 1.14 for `resnet18`, 0.85 for `gap` (ratio of
+    images/s, two cores of an AMD EPYC, fp32). Kernels of convolutions take the layout that input or
+    weight has: it is given to the ``weights`` where they may have it, else to the input.
+    """
+    widths = [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)]
+    if device.type != "cuda" and min(widths, default=0) < 64:
+        return
+    if weights:
+        network.to(memory_format=torch.channels_last)
+    else:
+        network.register_forward_pre_hook(_as_channels_last)
+
+
+def _as_channels_last(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def joined(tensors: Iterable[Tensor]) -> list[Tensor]:
