@@ -152,6 +152,20 @@ def test_only_the_preempted_task_of_an_array_comes_back(site: Site, whole: Runs)
     assert f"{mean:.2f} ± {deviation:.2f}" in site.log(tasks[0])
 
 
+def test_a_cancelled_array_goes_on_in_its_folder(site: Site, whole: Runs) -> None:
+    words = ["--array=0", "--exclusive", "slurm/seeds.sh", *FLAGS]
+    array = site.submit(*words)
+    seeds = Runs(site.folder / f"runs/seeds-{array}", site.folder / "data")
+    seeds.wait_for_step("seed-0", 20)
+    site.cluster.run("scancel", array)
+    site.cluster.wait(f"{array}_0", "CANCELLED", timeout=120)
+    again = site.submit(*words, RUNS_DIR=f"runs/seeds-{array}")
+    site.finish(f"{again}_0")
+    assert seeds.learned("seed-0") == whole.learned("whole")
+    assert seeds.untimed_rows("seed-0") == whole.untimed_rows("whole")
+    assert not (site.folder / f"runs/seeds-{again}").exists()
+
+
 def test_a_job_goes_on_after_its_node_died(site: Site, whole: Runs) -> None:
     job = site.submit("slurm/mnist.sh", *FLAGS)
     site.runs.wait_for_step(f"mnist-{job}", 60)
