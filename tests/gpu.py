@@ -155,14 +155,14 @@ def measure(steps: list[Step], out: Path, folders: list[str], budget: float) -> 
     if WARM in {step.name for step in lacking}:  # nothing else could have warmed the cache
         lacking = [step for step in steps if step.name == COLD or step in lacking]
     for step in lacking:
-        if step.name == COLD:
-            shutil.rmtree(CACHE, ignore_errors=True)
         rate = max(map(rate_of, benched(rows)), default=50_000.0)
         # With the evaluations, and half a second for each checkpoint.
         expected = step.seconds + step.epochs * (55_000 / rate + 0.5)
         left = budget - (time.perf_counter() - began)
         row = {"failed": ["no time left"]}
         if left >= expected:
+            if step.name == COLD:
+                shutil.rmtree(CACHE, ignore_errors=True)
             row = run(step, folders, min(left, 30 + 2 * expected))
         for key in {"recipe", "environment", "command", "class_accuracy", *DETAILS, *environment}:
             row.get("figures", {}).pop(key, None)
@@ -214,12 +214,9 @@ def warm_seconds(training: Row) -> float:
 
 def judge(rows: dict[str, Row]) -> list[Row]:
     """The targets: what was measured, and whether it holds; None where nothing was measured."""
-    figures = {
-        name: row["figures"]
-        for name, row in rows.items()
-        if "figures" in row and "--dataset" not in row.get("command", "")
-    }
-    fastest = max((f for n, f in figures.items() if n.startswith("bench")), key=rate_of, default={})
+    rows = {name: row for name, row in rows.items() if "--dataset" not in row.get("command", "")}
+    figures = {name: row["figures"] for name, row in rows.items() if "figures" in row}
+    fastest = max(benched(rows), key=rate_of, default={})
     ratio, rate = fastest.get("ratio", {}), rate_of(fastest) if fastest else None
     judged = [
         _target("bench, images/s over the bare loop's", ratio.get("bare"), 0.95),

@@ -268,7 +268,7 @@ class MovingAverage:
         """
         weight = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
         average = list(self.average.values())
-        # Not _foreach_lerp_: on a GPU it takes tensor by tensor where the weight is one, too.
+        # Not _foreach_lerp_: on a GPU it takes tensor by tensor where the weight is a tensor.
         change = torch._foreach_sub(list(self.live.values()), average)
         torch._foreach_mul_(change, weight)
         torch._foreach_add_(average, change)

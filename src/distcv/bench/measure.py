@@ -57,7 +57,10 @@ def parts(own: OwnLoop, seconds: float) -> dict[str, float]:
     # On a GPU the backward pass has a thread of its own, whose kernels would be nobody's.
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with one_thread, _named_parts(own), profile, record_function("whole"):
-        own.run(0, steps=20) if on_gpu else own.run(seconds)
+        if on_gpu:
+            own.run(0, steps=20)
+        else:
+            own.run(seconds)
         synchronize()
     totals = dict.fromkeys((*PARTS, "whole"), 0.0)
     for event in profile.key_averages():

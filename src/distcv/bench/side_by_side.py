@@ -46,8 +46,8 @@ def side_by_side(
         figures["memory"] = memory(own, bare)
         figures["flops_per_image"] = own.training.flops_per_image
         figures["matmul_flops"] = matmul_flops(runtime, repeats=9)
-        if runtime.processes == 1:
-            figures["parts"] = measure.parts(own, min(3.0, arguments.seconds))
+        if runtime.processes == 1 and (parts := measure.parts(own, min(3.0, arguments.seconds))):
+            figures["parts"] = parts
         if runtime.is_main:
             print("\n".join(table(recipe, runtime.describe(), figures)), flush=True)
         runtime.close()
@@ -98,7 +98,7 @@ def table(recipe: Recipe, where: str, figures: dict[str, Any]) -> list[str]:
         f"{figures['flops_per_image'] / 1e6:,.1f} MFLOP an image; a matmul here makes "
         f"{figures['matmul_flops'] / 1e9:,.0f} GFLOP/s a process",
     ]
-    if figures.get("parts"):
+    if "parts" in figures:
         shares = (f"{name} {100 * share:.0f} %" for name, share in figures["parts"].items())
         lines.append(f"time by part: {', '.join(shares)}")
     return [*lines, _memory_line(figures["memory"])]
