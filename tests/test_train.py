@@ -241,8 +241,8 @@ def test_plain_torchrun_works_too(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_resnet18_on_cifar10_learns_in_60_steps(runs: Runs) -> None:
-    flags = ["--model", "resnet18", "--max-steps", "60", "--batch-size", "64", "--lr", "0.05"]
-    flags += ["--log-every", "15"]
+    flags = ["--model", "resnet18", "--max-steps", "60", "--batch-size", "64"]
+    flags += ["--precision", "fp32", "--log-every", "15"]
     process = runs.start("resnet18", *flags, command=TRAIN, OMP_NUM_THREADS="2")
     runs.wait_for_step("resnet18", 60, process)
     process.send_signal(signal.SIGTERM)  # its evaluation takes as long as the steps

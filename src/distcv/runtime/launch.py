@@ -89,7 +89,7 @@ def _zero(recipe: Recipe) -> WholeCopies:
     if recipe.optimizer == "muon":
         raise InputError(
             "optimizer muon works on whole matrices, of which DeepSpeed makes one flat row: "
-            "use launch/ddp.yaml or launch/fsdp2.yaml, or --optimizer adamw"
+            "use launch/ddp.yaml or launch/fsdp2.yaml, or a recipe such as resnet18_sgd"
         )
     stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if stage not in (1, 2, 3):
