@@ -160,7 +160,7 @@ def test_the_whole_plan_is_understood_by_the_commands() -> None:
     from distcv.models import find_model
 
     steps = gpu.plan(FULL)
-    assert len({step.name for step in steps}) == len(steps) == 5 + 15 + len(MNIST) + 5
+    assert len({step.name for step in steps}) == len(steps) == 6 + 15 + len(MNIST) + 5
     for step in steps:
         at = next(i for i, word in enumerate(step.command) if word.startswith("distcv."))
         module, flags = step.command[at], step.command[at + 1 :]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from distcv import optim
 from distcv.config import Recipe
 from distcv.models import build_model
 from distcv.optim import OPTIMIZERS, MovingAverage, lr_at, orthogonal, parameter_groups
@@ -116,6 +117,39 @@ def test_orthogonal_keeps_singular_vectors_and_evens_the_values(
     made = u.T @ orthogonal((u @ torch.diag(values) @ v).to(dtype)).float() @ v.T
     assert float(made.diagonal().min()) > 0.65 and float(made.diagonal().max()) < 1.25
     assert float((made - made.diagonal().diag()).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_updates_matrices_together_as_one_by_one(
+    memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[bool, list[torch.Tensor]] = {}
+    for together in (False, True):
+        monkeypatch.setattr(optim, "_joinable", lambda _, answer=together: answer)
+        torch.manual_seed(0)
+        model = build_model("resnet18", channels=3, classes=10).to(memory_format=memory_format)
+        optimizer = OPTIMIZERS["muon"](model, Recipe(optimizer="muon", lr=0.02))
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        made[together] = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    for one_by_one, joined in zip(made[False], made[True], strict=True):
+        assert float((one_by_one - joined).norm()) < 1e-4 * float(one_by_one.norm())
+
+
+def test_matrices_of_the_same_shorter_side_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+
+    def as_it_is(batch: torch.Tensor) -> torch.Tensor:
+        batches.append(tuple(batch.shape))
+        return batch
+
+    monkeypatch.setattr(optim, "orthogonal", as_it_is)
+    matrices = [torch.randn(shape) for shape in ((4, 9), (5, 5), (9, 4), (4, 6))]
+    found = optim.orthogonal_together(matrices)
+    assert batches == [(3, 4, 9), (1, 5, 5)]
+    assert all(map(torch.equal, found, matrices))
 
 
 def _hidden(model: nn.Module) -> str:

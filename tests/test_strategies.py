@@ -28,9 +28,16 @@ PLAIN = (
     f"--clip-norm 1 {PINNED}"
 )
 NORMED = f"--model gap --batch-size 64 --optimizer sgd --weight-decay 1e-4 --sync-bn {PINNED}"
-FLAGS = {"plain": PLAIN.split(), "normed": NORMED.split()}
-YOUNG = {"plain": ["--lr", "0.003"], "normed": ["--lr", "0.1", "--warmup", "0.1"]}
-LATER = {"plain": ["--lr", "0.0003", "--clip-norm", "0.5"], "normed": ["--lr", "0.0003"]}
+MUON = PLAIN.replace("adamw", "muon")
+FLAGS = {"plain": PLAIN.split(), "normed": NORMED.split(), "muon": MUON.split()}
+YOUNG = {
+    "plain": ["--lr", "0.003"], "normed": ["--lr", "0.1", "--warmup", "0.1"],
+    "muon": ["--lr", "0.003"],
+}  # fmt: skip
+LATER = {
+    "plain": ["--lr", "0.0003", "--clip-norm", "0.5"], "normed": ["--lr", "0.0003"],
+    "muon": ["--lr", "0.0003", "--clip-norm", "0.5"],
+}  # fmt: skip
 ACCUMULATED = ["--gradient-accumulation-steps", "2"]
 START, MIDDLE, END = 100, 120, 140
 
@@ -146,6 +153,17 @@ def test_forty_steps_are_the_same_everywhere(
     assert other["norms"] == pytest.approx(one["norms"], rel=1e-3)
     assert close([one["test_loss"]], [other["test_loss"]])
     assert len(one["mistakes"]) == 64 and set(one["mistakes"]) == set(other["mistakes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["ddp x2", "fsdp2 x2", "fsdp2 x3"])
+def test_muon_takes_the_same_steps_wherever_it_works(
+    where: str, trajectories: Trajectories
+) -> None:
+    one, other = (trajectories.curve(place, "muon") for place in ("single", where))
+    assert min(one["losses"][20:]) < min(one["losses"][:5]), "it should learn"
+    assert other["samples"] == one["samples"] and not other["differing"]
+    assert close(one["losses"], other["losses"])
 
 
 @pytest.mark.slow

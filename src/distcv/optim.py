@@ -35,7 +35,8 @@ class Kept:
     def __init__(self, tensors: list[Tensor]) -> None:
         held = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
         self.tensors = [t.detach() for t in held]
-        self.copies = [t.clone() for t in self.tensors]
+        self.copies = [torch.empty_like(t) for t in self.tensors]
+        torch._foreach_copy_(self.copies, self.tensors)
 
     def put_back_if(self, bad: Tensor) -> None:
         """Put the copies back if ``bad``, a bool () on the device, is true."""
@@ -116,8 +117,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            (self._step_muon if group["muon"] else self._step_adamw)(group, params)
+            if params := [p for p in group["params"] if p.grad is not None]:
+                (self._step_muon if group["muon"] else self._step_adamw)(group, params)
 
     def _step_muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -127,15 +128,20 @@ class MuonAdamW(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         before = Kept([*params, *buffers])
         lr, momentum = group["lr"], group["momentum"]
-        for weight, gradient, average in zip(
-            *(map(_matrix, tensors) for tensors in (params, gradients, buffers)), strict=True
-        ):
-            average.lerp_(gradient, 1 - momentum)
-            update = gradient.lerp(average, momentum) if group["nesterov"] else average
-            in_bf16 = self.bf16 or update.device.type != "cpu"
-            update = orthogonal(update.bfloat16() if in_bf16 else update)
-            weight.mul_(1 - lr * group["weight_decay"])
-            weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
+        weights, gradients, averages = (
+            [_matrix(t) for t in tensors] for tensors in (params, gradients, buffers)
+        )
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = averages
+        if group["nesterov"]:
+            updates = [g.lerp(a, momentum) for g, a in zip(gradients, averages, strict=True)]
+        if self.bf16 or updates[0].device.type != "cpu":
+            updates = [update.bfloat16() for update in updates]
+        together = _joinable(updates[0])
+        factors = orthogonal_together(updates) if together else map(orthogonal, updates)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        for weight, factor in zip(weights, factors, strict=True):
+            weight.add_(factor, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
         if self.found_inf is not None:
             before.put_back_if(self.found_inf.bool())
 
@@ -168,17 +174,41 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """The orthogonal factor of a matrix (M, N), roughly: its singular values become 0.7 to 1.2.
 
-    Five steps of the quintic Newton-Schulz iteration of K. Jordan, "Muon" (2024), for which bf16 is
-    precise enough.
+    Of each in a batch (B, M, N), too. Five steps of the quintic Newton-Schulz iteration of
+    K. Jordan, "Muon" (2024), for which bf16 is precise enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def orthogonal_together(matrices: list[Tensor]) -> list[Tensor]:
+    """The orthogonal factors of matrices, at once of all whose shorter sides are the same.
+
+    Their longer sides are made the same by zeros, which stay zeros and change nothing else.
+    """
+    wide = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
+    factors = list(wide)
+    for rows in sorted({m.shape[0] for m in wide}):
+        places = [i for i, m in enumerate(wide) if m.shape[0] == rows]
+        width = max(wide[i].shape[1] for i in places)
+        batch = wide[places[0]].new_zeros(len(places), rows, width)
+        for held, i in zip(batch, places, strict=True):
+            held[:, : wide[i].shape[1]] = wide[i]
+        for factor, i in zip(orthogonal(batch), places, strict=True):
+            factors[i] = factor[:, : wide[i].shape[1]]
+    return [f.T if m.shape[0] > m.shape[1] else f for f, m in zip(factors, matrices, strict=True)]
+
+
+def _joinable(matrix: Tensor) -> bool:
+    """Whether matrices are better taken together: where launches cost, and they lie here whole."""
+    return matrix.device.type != "cpu" and not hasattr(matrix, "to_local")
 
 
 def _matrix(weight: Tensor) -> Tensor:
