@@ -33,7 +33,7 @@ from distcv.results import DETAILS
 ACCURACIES = {
     94: ("--epochs 20 --cutout 0", 20.0),
     95: ("--epochs 40", 40.0),
-    96: ("--epochs 100 --cutout 0 --cutmix 1", 120.0),
+    96: ("--epochs 100 --recipe resnet18_cutmix", 120.0),
 }
 SEEDS = 5
 COLD, WARM = "train compiled, cold", "train compiled, warm"

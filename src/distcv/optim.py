@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.adamw import adamw as adamw_update
 
 from distcv.config import Recipe
@@ -197,10 +198,7 @@ def orthogonal_together(matrices: list[Tensor]) -> list[Tensor]:
     factors = list(wide)
     for rows in sorted({m.shape[0] for m in wide}):
         places = [i for i, m in enumerate(wide) if m.shape[0] == rows]
-        width = max(wide[i].shape[1] for i in places)
-        batch = wide[places[0]].new_zeros(len(places), rows, width)
-        for held, i in zip(batch, places, strict=True):
-            held[:, : wide[i].shape[1]] = wide[i]
+        batch = pad_sequence([wide[i].T for i in places], batch_first=True).mT
         for factor, i in zip(orthogonal(batch), places, strict=True):
             factors[i] = factor[:, : wide[i].shape[1]]
     return [f.T if m.shape[0] > m.shape[1] else f for f, m in zip(factors, matrices, strict=True)]
