@@ -353,7 +353,7 @@ def test_summary_refuses_in_one_line(arguments: list[str], message: str) -> None
     assert message in result.stderr
 
 
-@pytest.mark.parametrize(("name", "wide"), [("resnet18", True), ("gap", False)])
+@pytest.mark.parametrize(("name", "wide"), [("resnet18", True), ("vgg8", True), ("gap", False)])
 @pytest.mark.parametrize("weights", [True, False])
 def test_maps_are_channels_last_where_that_pays(name: str, wide: bool, weights: bool) -> None:
     """Also where the weights may not be, as under FSDP2 and ZeRO."""
