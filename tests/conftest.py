@@ -1,32 +1,26 @@
-"""Fixtures that more than one test file uses: the real data, and servers on the loopback."""
+"""Fixtures that more than one test file uses: the real data, and servers on the loopback.
+
+What loads torch is imported where it is needed: a file that needs no torch starts without.
+"""
 
 import contextlib
 import gzip
 import os
 import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import slurm_cluster
-from runs import Runs
-from wandb_runs import wandb_runs, wandb_server
-from wandb_server import WandbServer
 
-from distcv.config import load_recipe
-from distcv.data import DATASETS, load_dataset
-from distcv.data.cache import load_arrays
-from distcv.data.readers import Arrays, idx_header
+from support.loopback import DEAD, Serve, loopback
 
 if TYPE_CHECKING:
     from distcv.bench.loops import OwnLoop
-
-DEAD = "http://127.0.0.1:9/"  # the discard port, where nobody listens
+    from distcv.data.readers import Arrays
+    from support.runs import Runs
+    from support.slurm_cluster import Cluster
+    from support.wandb_server import WandbServer
 
 
 @pytest.fixture(autouse=True)
@@ -48,22 +42,30 @@ def data_dir() -> Path:
     return Path(os.environ.get("DISTCV_TEST_DATA", default))
 
 
-@pytest.fixture(scope="session")
-def mnist(data_dir: Path) -> Arrays:
-    """The real MNIST, fetched if it must be from wherever it can be had."""
-    return load_arrays(DATASETS["mnist"], data_dir, print)
+def load(name: str, data_dir: Path) -> "Arrays":
+    """A real data set, fetched if it must be from wherever it can be had."""
+    from distcv.data import DATASETS
+    from distcv.data.cache import load_arrays
+
+    return load_arrays(DATASETS[name], data_dir, print)
 
 
 @pytest.fixture(scope="session")
-def cifar10(data_dir: Path) -> Arrays:
-    """The real CIFAR-10, likewise."""
-    return load_arrays(DATASETS["cifar10"], data_dir, print)
+def mnist(data_dir: Path) -> "Arrays":
+    return load("mnist", data_dir)
+
+
+@pytest.fixture(scope="session")
+def cifar10(data_dir: Path) -> "Arrays":
+    return load("cifar10", data_dir)
 
 
 @pytest.fixture(scope="module")
-def own(data_dir: Path, mnist: Arrays) -> "OwnLoop":
+def own(data_dir: Path, mnist: "Arrays") -> "OwnLoop":
     """distcv's own loop, of `gap`."""
     from distcv.bench.loops import OwnLoop
+    from distcv.config import load_recipe
+    from distcv.data import load_dataset
     from distcv.runtime import Runtime
 
     recipe = load_recipe("gap")
@@ -71,8 +73,11 @@ def own(data_dir: Path, mnist: Arrays) -> "OwnLoop":
 
 
 @pytest.fixture(scope="session")
-def mnist_idx(mnist: Arrays) -> dict[str, bytes]:
+def mnist_idx(mnist: "Arrays") -> dict[str, bytes]:
     """The four original files of MNIST, not zipped, by their names."""
+    from distcv.data import DATASETS
+    from distcv.data.readers import idx_header
+
     names = [name.removesuffix(".gz") for name, _ in DATASETS["mnist"].files]
     return {
         name: idx_header(tuple(n for n in array.shape if n > 1)) + array.tobytes()
@@ -84,76 +89,6 @@ def mnist_idx(mnist: Arrays) -> dict[str, bytes]:
 def mnist_gz(mnist_idx: dict[str, bytes]) -> dict[str, bytes]:
     """The four original files of MNIST, zipped anew."""
     return {f"{name}.gz": gzip.compress(data, 1) for name, data in mnist_idx.items()}
-
-
-class Loopback(ThreadingHTTPServer):
-    """Serves bytes by their paths on 127.0.0.1, counts requests, and can stall on purpose.
-
-    With `stall_after` set, each answer stops after so many bytes of its body (and at 0 before its
-    first header) until `go_on` is set. With `pause` set, it comes in eight parts, so many seconds
-    apart.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files = files
-        self.requests: Counter[str] = Counter()
-        self.stall_after: int | None = None
-        self.pause = 0.0
-        self.stalled, self.go_on = threading.Event(), threading.Event()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        pass  # clients that hang up, or are killed, are part of the tests
-
-
-class _Answer(BaseHTTPRequestHandler):
-    server: Loopback
-
-    def do_GET(self) -> None:
-        server = self.server
-        server.requests[self.path] += 1
-        body = server.files.get(self.path)
-        if body is None:
-            self.send_error(404)
-            return
-        if server.stall_after == 0:
-            self._stall()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if server.stall_after is not None:
-            self.wfile.write(body[: server.stall_after])
-            self._stall()
-            body = body[server.stall_after :]
-        size = -(-len(body) // 8) if server.pause else len(body)
-        for start in range(0, len(body), size or 1):
-            time.sleep(server.pause)
-            self.wfile.write(body[start : start + size])
-
-    def _stall(self) -> None:
-        self.server.stalled.set()
-        self.server.go_on.wait()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def loopback(files: dict[str, bytes]) -> Iterator[Loopback]:
-    """A `Loopback` server with these files."""
-    with Loopback(files) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.go_on.set()
-            server.shutdown()
-
-
-Serve = Callable[[dict[str, bytes]], Loopback]
 
 
 @pytest.fixture
@@ -179,8 +114,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[WandbServer]:
+def server() -> Iterator["WandbServer"]:
     """A W&B server."""
+    from support.wandb_runs import wandb_server
+
     with wandb_server() as server:
         yield server
 
@@ -189,21 +126,25 @@ def server() -> Iterator[WandbServer]:
 def runs(
     tmp_path: Path,
     data_dir: Path,
-    mnist: Arrays,
-    server: WandbServer,
+    mnist: "Arrays",
+    server: "WandbServer",
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Runs]:
+) -> Iterator["Runs"]:
     """Trainings that W&B follows there."""
+    from support.wandb_runs import wandb_runs
+
     with wandb_runs(tmp_path, data_dir, server, monkeypatch) as runs:
         yield runs
 
 
 @pytest.fixture(scope="session")
-def started_cluster() -> Iterator[slurm_cluster.Cluster]:
-    """A Slurm cluster of two nodes for all tests; skips where there can be none."""
-    if reason := slurm_cluster.missing():
+def started_cluster() -> Iterator["Cluster"]:
+    """A Slurm cluster of two nodes for all tests of this worker; skips where there can be none."""
+    from support.slurm_cluster import Cluster, missing
+
+    if reason := missing():
         pytest.skip(reason)
-    cluster = slurm_cluster.Cluster()
+    cluster = Cluster()
     try:
         cluster.start()
         yield cluster
@@ -212,7 +153,7 @@ def started_cluster() -> Iterator[slurm_cluster.Cluster]:
 
 
 @pytest.fixture
-def cluster(started_cluster: slurm_cluster.Cluster) -> Iterator[slurm_cluster.Cluster]:
+def cluster(started_cluster: "Cluster") -> Iterator["Cluster"]:
     """That cluster with idle nodes and no jobs, which it has again at the end."""
     yield started_cluster
     started_cluster.cancel_all()

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from runs import ROOT, launched
 
 from distcv.environment import describe_environment
 from distcv.models import MODELS
 from distcv.results import DETAILS
+from support.runs import ROOT, launched
 
 # Flags over ResNet-18's recipe that are to reach a mean test accuracy in percent, and the most warm
 # seconds for it. For 94 % they are a guess, for 95 and 96 % those of docs/results.md.

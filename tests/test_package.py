@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked
 from PIL import Image
-from trained_runs import make_trained_run
 
 from distcv.config import load_recipe, recipe_names
 from distcv.data.readers import Arrays
+from support.forked import Forked
+from support.trained_runs import make_trained_run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

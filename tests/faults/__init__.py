@@ -1,1 +1,1 @@
-"""Faults, tried by the hundred: `python -m faults` from this folder's parent."""
+"""Faults, tried by the hundred: `python tests/faults`."""

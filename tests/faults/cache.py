@@ -12,15 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import DEAD, Loopback, loopback
-from data_files import sha256, spoil
-from forked import forked
-
 from distcv.data import DATASETS
 from distcv.data.cache import load_arrays
 from distcv.data.readers import Arrays, idx_header
 from faults.core import Outcome, Place
 from faults.fetcher import Order, load
+from support.data_files import sha256, spoil
+from support.forked import forked
+from support.loopback import DEAD, Loopback, loopback
 
 TITLE = "The data cache"
 PROCESSES = 8

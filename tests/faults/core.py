@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forked import ONE_THREAD, Forked
-from runs import ranks
-
 from distcv import checkpoint
+from support.forked import ONE_THREAD, Forked
+from support.runs import ranks
 
 HERE = Path(__file__).resolve().parent
 WORKER = "faults.worker"  # the module that a training runs as

@@ -9,13 +9,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from data_files import cifar_batches, npm_cifar10, python2_pickle, python3_pickle, tar_gz
 from PIL import Image
-from report_runs import make_run
 
 from distcv.config import load_recipe
 from distcv.data.readers import idx_header
 from faults.hostile_files import small_cifar
+from support.data_files import cifar_batches, npm_cifar10, python2_pickle, python3_pickle, tar_gz
+from support.report_runs import make_run
 
 KINDS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 

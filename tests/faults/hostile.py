@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from conftest import DEAD, loopback
-from data_files import cifar_batches, npm_registry, put_files, python2_pickle, sha256
 from PIL import Image
-from report_runs import make_run
 
 from faults.core import HERE, Outcome, Place
 from faults.hostile_files import (
@@ -39,6 +36,9 @@ from faults.hostile_runs import (
     make,
     pickled,
 )
+from support.data_files import cifar_batches, npm_registry, put_files, python2_pickle, sha256
+from support.loopback import DEAD, loopback
+from support.report_runs import make_run
 
 TITLE = "Hostile files"
 Watched = dict[str, Any]
@@ -264,11 +264,11 @@ def hostile_package(place: Place) -> list[Outcome]:
 
 
 def planted_secrets(place: Place) -> list[Outcome]:
-    """What tests/test_secrets.py plants, which CI runs by itself."""
+    """What tests/tracking/test_secrets.py plants, which CI runs by itself."""
     if not place.whole:
         return []
     report = place.folder / "secrets.xml"
-    tests = [str(HERE.parent / "test_secrets.py"), f"--junitxml={report}", "-q"]
+    tests = [str(HERE.parent / "tracking/test_secrets.py"), f"--junitxml={report}", "-q"]
     subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=HERE.parents[1])
     cases = list(ElementTree.parse(report).iter("testcase"))
     wrong = [None if len(case) == 0 else f"{case[0].tag}" for case in cases]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from data_files import cifar_batches, npm_cifar10, python2_pickle
 
 from distcv.data.readers import Arrays
+from support.data_files import cifar_batches, npm_cifar10, python2_pickle
 
 
 def small_cifar() -> tuple[Arrays, dict[str, Any]]:

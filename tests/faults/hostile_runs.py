@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_files import sha256
-from report_runs import START
-from test_data_files import Command
 
 from distcv import checkpoint
+from support.data_files import Command, sha256
+from support.report_runs import START
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07\r\u202e"
 MARKUP = "<img src=x onerror=alert(1)>"

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runs import STRATEGY
-
 from distcv import checkpoint
 from faults.core import (
     Child,
@@ -20,6 +18,7 @@ from faults.core import (
     nursery,
     wait_until,
 )
+from support.runs import STRATEGY
 
 TITLE = "A loss or gradient that is not finite"
 STEPS = 12

@@ -3,7 +3,7 @@
 A real launcher starts ``worker.py``, which says when it is in a phase and lingers there. Then the
 launcher's process gets the signal, as a user or a cluster would send it (under Slurm all processes
 of the step, by ``scancel --signal``), or a file STOP appears in the run folder. One process under
-python, two under all others. In CI srun is left to ``tests/test_slurm.py``.
+python, two under all others. In CI srun is left to ``tests/slurm``.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from runs import ROOT, launched
-from slurm_cluster import Cluster, missing
 
 import distcv
 from distcv import checkpoint
 from distcv.preempt import STOPPED
 from faults.core import WORKER, Outcome, Place, nursery, wait_until
 from faults.small import Small, wait_for_phase
+from support.runs import ROOT, launched
+from support.slurm_cluster import Cluster, missing
 
 TITLE = "Asked to stop, in every way, under every launcher, in every phase"
 SIGNALS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import psutil
 import pytest
-from runs import Runs
-from wandb_runs import be_client, rows_on_disk, rows_on_server, run_of, sync, wandb_server
-from wandb_server import WandbServer
 
 from faults.core import Child, Nursery, Outcome, Place, nursery, wait_until
+from support.runs import Runs
+from support.wandb_runs import be_client, rows_on_disk, rows_on_server, run_of, sync, wandb_server
+from support.wandb_server import WandbServer
 
 TITLE = "Trackers that fail"
 SHARE, EXIT = 1.0, 30.0  # at most: percent of the training, seconds from the last row to the end
