@@ -266,7 +266,7 @@ def read_command_line(
 def flag_value(args: list[str], name: str) -> str | None:
     """The last value of ``--name VALUE`` or ``--name=VALUE``, before the real parsing."""
     value = None
-    for here, following in zip(args, [*args[1:], None], strict=True):
+    for here, following in zip(args, [*args, None][1:], strict=True):
         if here == f"--{name}" and not (following or "").startswith("--"):
             value = following
         elif here.startswith(f"--{name}="):

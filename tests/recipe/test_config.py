@@ -90,6 +90,11 @@ def test_a_recipe_is_frozen() -> None:
         load_recipe("gap").lr = 1.0  # type: ignore[misc]
 
 
+def test_without_any_flag_the_default_recipe_is_read() -> None:
+    """A user who starts `distcv-train` alone would see a traceback."""
+    assert read()[0] == load_recipe("gap")
+
+
 def test_flags_win_over_the_recipe_of_the_model() -> None:
     recipe, _ = read("--model", "resnet18", "--lr=0.3", "--no-nesterov", "--epochs", "7")
     assert (recipe.lr, recipe.nesterov, recipe.epochs) == (0.3, False, 7)
