@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from support.wandb_server import WandbServer
 
 
+pytest_plugins = ["support.parallel"]
+
+
 @pytest.fixture(autouse=True)
 def no_process_of_wandb_is_left() -> Iterator[None]:
     """A test that uses W&B's client ends its process, which others would look for."""

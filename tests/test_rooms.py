@@ -50,6 +50,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_imports_go_down_only(module: str) -> None:
+    """A user who imports one module, such as distcv.data, would load the training loop too."""
     here = room_of(module)
     assert here in FLOORS, f"{module} stands on no floor: give it one in this table"
     for name in imports(modules()[module]):
@@ -61,12 +62,14 @@ def test_imports_go_down_only(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_only_the_runtime_knows_accelerate(module: str) -> None:
+    """A new Accelerate release could break modules that need none, such as distcv.report."""
     known = {name.split(".")[0] for name in imports(modules()[module])}
     if room_of(module) != "runtime":
         assert not known & {"accelerate", "deepspeed"}
 
 
 def test_a_room_from_above_would_be_seen(tmp_path: Path) -> None:
+    """An import inside a function would escape the layer check and slow a user's command."""
     path = tmp_path / "config.py"
     path.write_text("def f():\n    from distcv.loop import evaluate\n")
     assert "distcv.loop" in imports(path)
@@ -92,11 +95,13 @@ def test_a_room_from_above_would_be_seen(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_read_before_the_work_does_not_load_torch(module: str) -> None:
+    """Users would wait seconds for torch to load before a typo is refused."""
     code = f"import sys, distcv.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_rooms_stay_small() -> None:
+    """Users who read or adapt the source would face modules of more than 350 lines."""
     for module, path in modules().items():
         lines = len(path.read_text().splitlines())
         assert lines <= 350, f"{module} has {lines} lines: what is it doing?"

@@ -26,6 +26,7 @@ def weights(loop: Any) -> torch.Tensor:
 
 
 def test_the_own_loop_trains_and_says_how_far_it_came(own: OwnLoop) -> None:
+    """Users would read an images/s figure from a loop that does not train or counts wrong."""
     before, first = weights(own.training.network), own.progress.step
     images, seconds = own.run(0.3)
     assert images == (own.progress.step - first) * 128 > 0
@@ -34,10 +35,12 @@ def test_the_own_loop_trains_and_says_how_far_it_came(own: OwnLoop) -> None:
 
 
 def test_the_own_loop_does_as_many_steps_as_it_is_told_at_least(own: OwnLoop) -> None:
+    """Memory and GPU profiles would come from fewer steps than they need."""
     assert own.run(0)[0] == 128 and own.run(0, steps=3)[0] == 3 * 128
 
 
 def test_the_own_loop_begins_again_at_the_end_of_its_recipe(own: OwnLoop) -> None:
+    """A benchmark longer than its recipe would stop early or count images wrong."""
     own.progress.step = own.training.total_steps - 1
     images, _ = own.run(0, steps=3)
     assert 0 < own.progress.step < own.training.total_steps
@@ -45,6 +48,7 @@ def test_the_own_loop_begins_again_at_the_end_of_its_recipe(own: OwnLoop) -> Non
 
 
 def test_the_bare_loop_computes_all_and_learns_nothing(own: OwnLoop) -> None:
+    """The ceiling for distcv's speed would be wrong: the bare loop would skip work or learn."""
     bare = BareLoop(own)
     before = weights(own.training.network)
     slots = own.training.runtime.strategy.optimizer.state
@@ -58,6 +62,7 @@ def test_the_bare_loop_computes_all_and_learns_nothing(own: OwnLoop) -> None:
 
 
 def test_the_own_loop_learns_after_the_bare_one_has_run(own: OwnLoop) -> None:
+    """After the bare loop, distcv would be timed at a learning rate of 0."""
     BareLoop(own).step()
     before = weights(own.training.network)
     own.run(0)
@@ -67,6 +72,7 @@ def test_the_own_loop_learns_after_the_bare_one_has_run(own: OwnLoop) -> None:
 def test_a_loop_is_charged_with_a_tensor_that_it_keeps(
     own: OwnLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The benchmark's memory figures would miss tensors that the training loop holds."""
     bare = BareLoop(own)
     plain = memory.memory(own, bare)
     for name, found in plain.items():
@@ -90,6 +96,8 @@ def test_a_loop_is_charged_with_a_tensor_that_it_keeps(
 
 
 def test_memory_that_is_given_back_in_a_step_can_be_used_again() -> None:
+    """Freed tensors would count towards peak memory, and users would plan for too much."""
+
     def run() -> None:
         for _ in range(3):
             torch.ones(1_000_000).mul_(2)
@@ -97,7 +105,9 @@ def test_memory_that_is_given_back_in_a_step_can_be_used_again() -> None:
     assert memory.step_bytes(CPU, run) == pytest.approx(4e6, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_tutorial_loop_trains_on_normalised_pictures(data_dir: Path, mnist: object) -> None:
+    """The speedup would be measured against a loop that trains on wrong data or not at all."""
     data = load_dataset("mnist", data_dir, report=print)
     loop = TutorialLoop(load_recipe("gap"), data, CPU)
     picture, label = loop.pictures[7]
@@ -124,9 +134,11 @@ def conventional(
     assert not loop.process.is_alive()
 
 
+@pytest.mark.slow
 def test_the_conventional_loop_has_the_users_environment_and_ends_its_workers(
     conventional: ConventionalLoop,
 ) -> None:
+    """The speedup would be false: the conventional loop would run with distcv's own settings."""
     process = psutil.Process(conventional.process.pid)
     environment = process.environ()
     assert "OMP_NUM_THREADS" not in environment and environment["KMP_BLOCKTIME"] == "7"
@@ -144,6 +156,7 @@ def test_the_conventional_loop_has_the_users_environment_and_ends_its_workers(
 def test_the_conventional_loops_process_ends_when_nobody_can_ask_any_more(
     data_dir: Path, mnist: object
 ) -> None:
+    """A killed benchmark would leave a process behind that holds memory."""
     ours, theirs = multiprocessing.Pipe()
     arguments = (theirs, load_recipe("gap"), data_dir, MNIST, CPU)
     thread = threading.Thread(target=serve, args=arguments, daemon=True)
@@ -157,6 +170,7 @@ def test_the_conventional_loops_process_ends_when_nobody_can_ask_any_more(
 
 
 def test_what_fails_in_the_conventional_loops_process_is_said_in_one_line(tmp_path: Path) -> None:
+    """Users would learn that the conventional loop ended, but not why."""
     ours, theirs = multiprocessing.Pipe()
     recipe = load_recipe("gap").model_copy(update={"dataset": "synthetic"})
     serve(theirs, recipe, tmp_path, (1, 0), CPU)
@@ -168,6 +182,7 @@ def test_what_fails_in_the_conventional_loops_process_is_said_in_one_line(tmp_pa
 
 
 def test_the_flags_in_the_figures_hold_no_path_of_the_machine() -> None:
+    """A published benchmark file would show user names and folders of the machine."""
     words = ["--model", "gap", "--json=/home/someone/out.json", "--data-dir", "/scratch/data", "-x"]
     shown = ["--model", "gap", "--json=out.json", "--data-dir", "data", "-x"]
     assert shown_flags(words) == shown

@@ -28,6 +28,7 @@ START = {
 
 
 def test_intervals_are_those_of_a_textbook() -> None:
+    """Users would publish wrong confidence intervals for means and differences."""
     assert mean_interval(DRUG_1) == pytest.approx((0.75, -0.5297804, 2.0297804))
     assert difference_interval(DRUG_1, DRUG_2, paired=True) == pytest.approx(PAIRED)
     assert difference_interval(DRUG_1, DRUG_2, paired=False) == pytest.approx(WELCH)
@@ -39,6 +40,7 @@ def test_intervals_are_those_of_a_textbook() -> None:
 
 
 def test_intervals_of_equal_values_have_no_width_and_of_one_value_there_are_none() -> None:
+    """A single run would get a confidence interval, or pairs without a partner a difference."""
     assert difference_interval([1, 1], [2, 2, 2], paired=False) == (1, 1, 1)
     assert difference_interval([1, 3], [2, 4], paired=True) == (1, 1, 1)
     for bad in (lambda: mean_interval([1.0]), lambda: difference_interval([1], [2, 3], False),
@@ -48,6 +50,7 @@ def test_intervals_of_equal_values_have_no_width_and_of_one_value_there_are_none
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    """A 95 % interval would miss the true value more often than one time in 20."""
     draws = np.random.default_rng(0).normal(size=(1500, 8))
     covered = np.zeros(3)
     for row in draws:
@@ -98,6 +101,7 @@ def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Co
 
 
 def test_runs_are_paired_by_their_seeds(tmp_path: Path, compared: Compare) -> None:
+    """Runs of different seeds would be paired, and chance would hide a real difference."""
     a, b = make_runs(tmp_path / "a", DRUG_1), make_runs(tmp_path / "b", DRUG_2, lr=0.3)
     make_runs(tmp_path / "b/more", [50.0], first_seed=77, lr=0.3)
     found, lines = compared(a, b)
@@ -115,6 +119,7 @@ def test_runs_are_paired_by_their_seeds(tmp_path: Path, compared: Compare) -> No
 
 
 def test_a_difference_too_small_for_two_digits_gets_more(tmp_path: Path, compared: Compare) -> None:
+    """A real but small difference would be printed as 0.00."""
     a = make_runs(tmp_path / "a", [99.0, 99.5, 99.2])
     b = make_runs(tmp_path / "b", [99.0039, 99.5041, 99.204], lr=0.3)
     lines = compared(a, b)[1]
@@ -127,6 +132,7 @@ def test_a_difference_too_small_for_two_digits_gets_more(tmp_path: Path, compare
 
 
 def test_without_common_seeds_they_are_not_paired(tmp_path: Path, compared: Compare) -> None:
+    """Runs of unrelated seeds would be paired, and chance would look like a real difference."""
     a = make_runs(tmp_path / "a", DRUG_2)
     found, lines = compared(a, make_runs(tmp_path / "b", DRUG_1, first_seed=10))
     mean, low, high = WELCH
@@ -138,6 +144,7 @@ def test_without_common_seeds_they_are_not_paired(tmp_path: Path, compared: Comp
 
 
 def test_one_pair_has_a_difference_and_no_interval(tmp_path: Path, compared: Compare) -> None:
+    """The difference of a single pair of runs would look proven though it may be chance."""
     a = make_runs(tmp_path / "a", [99.5, 99.0])
     found, lines = compared(a, make_runs(tmp_path / "b", [99.1], first_seed=1) / "run-1")
     figure = found["figures"]["test_accuracy"]
@@ -147,6 +154,7 @@ def test_one_pair_has_a_difference_and_no_interval(tmp_path: Path, compared: Com
 
 
 def test_times_are_compared_on_the_same_hardware_only(tmp_path: Path, compared: Compare) -> None:
+    """A recipe would look faster only because it ran on more processes or a faster machine."""
     a = make_runs(tmp_path / "a", [99.0, 99.1])
     same = make_runs(tmp_path / "same", [99.0, 99.1], start={"versions": {"torch": "2.16.0"}})
     found, lines = compared(a, same)
@@ -164,6 +172,7 @@ def test_times_are_compared_on_the_same_hardware_only(tmp_path: Path, compared: 
 def test_old_runs_without_a_record_of_their_starts_are_compared(
     tmp_path: Path, compared: Compare
 ) -> None:
+    """Users could not compare old runs that have no environment.json."""
     a, b = make_runs(tmp_path / "a", [99.0, 99.1]), make_runs(tmp_path / "b", [99.0, 99.3])
     for path in (*a.glob("*/environment.json"), *b.glob("*/environment.json")):
         path.unlink()
@@ -175,6 +184,7 @@ def test_old_runs_without_a_record_of_their_starts_are_compared(
 def test_wrong_input_gets_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: Compare
 ) -> None:
+    """Unfinished, mixed or repeated runs would be compared, or give a traceback."""
     monkeypatch.chdir(tmp_path)
     make_runs(Path("a"), [99.0, 99.1])
     make_runs(Path("two/a"), [99.0])
@@ -200,9 +210,11 @@ def test_wrong_input_gets_one_line(
         compared("a", "two/a")
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_torch_and_says_by_its_exit_code_what_went_wrong(
     tmp_path: Path,
 ) -> None:
+    """Users would wait for torch to load, and scripts could not detect a failed comparison."""
     a, b = make_runs(tmp_path / "a", [99.0, 99.1]), make_runs(tmp_path / "b", [99.0, 99.3])
     code = "import sys; from distcv.compare import main; main(); sys.exit('torch' in sys.modules)"
     words = [sys.executable, "-c", code, str(a), str(b)]

@@ -39,7 +39,9 @@ def panels(spec: dict[str, Any], section: str) -> list[dict[str, Any]]:
     return list(found["panels"])
 
 
+@pytest.mark.slow
 def test_it_has_the_sections_and_their_charts(printed: dict[str, Any]) -> None:
+    """Users would miss charts in the W&B workspace, or see curves over the wrong axis."""
     sections = printed["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == SECTIONS
     axes = {
@@ -75,6 +77,7 @@ def test_it_has_the_sections_and_their_charts(printed: dict[str, Any]) -> None:
 
 
 def test_what_it_shows_is_logged(printed: dict[str, Any]) -> None:
+    """The W&B workspace would show empty charts of metrics that no run logs."""
     from distcv.runtime.nodes import NodeMetrics
     from distcv.tracking import _tracked
 
@@ -124,6 +127,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_a_second_call_updates_the_view_of_the_first(
     server: WandbServer, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each call would add another workspace to the project instead of updating the first."""
     address = f"{server.url}/{ENTITY}/p?nw=distcv"
     assert call("--project", "p") == (0, f"created {address}\n")
     with monkeypatch.context() as patch:
@@ -142,6 +146,7 @@ def test_a_second_call_updates_the_view_of_the_first(
 def test_what_prevents_it_is_said_in_one_line(
     server: WandbServer, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Users would see a traceback instead of the key, project or package that is missing."""
     host = "W&B at 127.0.0.1"
     with monkeypatch.context() as patch:
         patch.delenv("WANDB_API_KEY")

@@ -61,12 +61,14 @@ def code_of(card: str) -> tuple[str, str]:
     return example, program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FILES)
 @pytest.mark.parametrize("count", [1, 7, 300])
 def test_the_code_on_the_card_gives_the_logits_of_the_network(
     to: str, count: int, exported: dict[str, Path], run: Path, images: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """Code copied from a model card would fail, or give other logits than the trained network."""
     monkeypatch.chdir(exported[to])
     example, program = code_of(Path("README.md").read_text())
     names: dict[str, Any] = {}
@@ -96,10 +98,12 @@ def properties(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FILES)
 def test_a_file_tells_what_it_holds_and_nothing_of_the_machine(
     to: str, exported: dict[str, Path], run: Path
 ) -> None:
+    """A published file would lack its class names, or reveal the paths of its author's machine."""
     about = properties(exported[to] / FILES[to])
     assert json.loads(about["classes"]) == list("0123456789")
     assert json.loads(about["mean"]) == [0.1306604] and json.loads(about["std"]) == [0.3081078]
@@ -118,6 +122,7 @@ def test_a_file_tells_what_it_holds_and_nothing_of_the_machine(
 def test_onnx_names_its_input_and_output_and_leaves_the_batch_free(
     exported: dict[str, Path],
 ) -> None:
+    """ONNX code would fail on the input name `images`, or on a batch of another size."""
     graph = onnx.load(exported["onnx"] / "model.onnx").graph
     (images,), (logits,) = graph.input, graph.output
     assert (images.name, logits.name) == ("images", "logits")
@@ -128,6 +133,7 @@ def test_onnx_names_its_input_and_output_and_leaves_the_batch_free(
 
 @pytest.mark.parametrize("to", FILES)
 def test_the_card_states_what_was_measured(to: str, exported: dict[str, Path]) -> None:
+    """The Hugging Face page of a network would show a wrong accuracy or the wrong data set."""
     card = ModelCard((exported[to] / "README.md").read_text())
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.125)
@@ -147,6 +153,7 @@ def test_the_card_states_what_was_measured(to: str, exported: dict[str, Path]) -
 def test_the_best_checkpoint_can_be_chosen_and_takes_the_place_of_an_earlier_export(
     run: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`--which best` would export the last checkpoint, or a second export would be refused."""
     made = run / "export/safetensors"
     for which, step in (("last", STEP), ("best", BEST)):
         call(monkeypatch, run, "--to", "safetensors", "--which", which, "--data-dir", data_dir)
@@ -160,6 +167,8 @@ def test_the_best_checkpoint_can_be_chosen_and_takes_the_place_of_an_earlier_exp
 def test_a_file_of_other_logits_is_refused_and_not_kept(
     run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A user would deploy an exported file whose predictions are not those of the network."""
+
     def spoilt(trained: Any, about: dict[str, str]) -> bytes:
         return formats.make_safetensors(open_run(run, which="best"), about)
 
@@ -170,10 +179,12 @@ def test_a_file_of_other_logits_is_refused_and_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FILES)
 def test_a_full_disk_is_told_in_a_line_and_nothing_is_left_on_it(
     to: str, run: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A full disk would end the export in a traceback and leave half a file behind."""
     if not can_mount(tmp_path / "disk"):
         pytest.skip("no right to mount a small disk")
     with small_disk(tmp_path / "disk", size="16k") as disk:
@@ -183,10 +194,12 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_left_on_it(
         assert not list(disk.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [2e-4, float("nan")])
 def test_the_tolerance_is_that_of_the_largest_logit(
     off: float, run: Path, images: torch.Tensor
 ) -> None:
+    """An export with NaN logits would pass the check, or harmless rounding would fail it."""
     trained = open_run(run)
     scale = float(trained.logits(images).abs().max())
     near = formats.check(trained, lambda x: trained.logits(x) + 0.5e-4 * scale, images)
@@ -198,6 +211,7 @@ def test_the_tolerance_is_that_of_the_largest_logit(
 def test_a_folder_of_other_files_is_left_alone(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An export into the wrong folder would overwrite the README.md that a user keeps there."""
     (tmp_path / "README.md").write_text("of something else")
     with pytest.raises(InputError, match="holds other files: choose a new or empty folder"):
         call(monkeypatch, run, "--to", "onnx", "--output", tmp_path)
@@ -209,14 +223,17 @@ def test_a_folder_of_other_files_is_left_alone(
 def test_packages_that_are_missing_are_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A user without onnx would see an import error instead of the `pip install` command to run."""
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'dist"):
         call(monkeypatch, tmp_path / "none", "--to", "onnx")
 
 
+@pytest.mark.slow
 def test_a_residual_network_of_color_images_is_exported(
     data_dir: Path, cifar10: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """ResNet-18 could not be exported, or its card would state an accuracy never measured."""
     images = torch.from_numpy(cifar10.train_images[:64])
     run = make_trained_run(tmp_path / "resnet", images, model="resnet18", ema_decay=0.9)
     (run / "metrics.jsonl").unlink()
@@ -227,7 +244,9 @@ def test_a_residual_network_of_color_images_is_exported(
     assert "as their moving average" in card and "These weights were not evaluated" in card
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_line_and_code_2_for_what_is_no_run(tmp_path: Path) -> None:
+    """A mistyped run folder would give a traceback instead of one line and exit code 2."""
     words = [sys.executable, "-m", "distcv.export", str(tmp_path), "--to", "torch-export"]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 2

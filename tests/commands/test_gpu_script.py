@@ -19,6 +19,7 @@ from support.runs import ONE_THREAD, ROOT
 def test_the_gpu_measurements_are_ready_to_run(
     tmp_path: Path, data_dir: Path, mnist: object
 ) -> None:
+    """Ten minutes on a GPU would be lost to a script whose steps do not run."""
     out = tmp_path / "gpu.json"
     folders = ["--out", str(out), "--data-dir", str(data_dir)]
     ran = subprocess.run(
@@ -51,9 +52,11 @@ def runs_still(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_is_recorded_and_the_others_are_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One step that fails or hangs would cost the user all later measurements on the GPU."""
     write = 'import sys; open(sys.argv[-1], "w").write(\'{"images_per_second": 7}\')'
     hang = (
         "import subprocess; child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
@@ -108,6 +111,8 @@ def made_up(rate: float, bare: float, accuracy: float, seconds: float) -> dict[s
 
 
 def test_the_targets_are_judged_by_the_figures() -> None:
+    """Users would read that a speed or accuracy target holds although it was missed."""
+
     def verdicts(rows: dict[str, Any]) -> list[bool | None]:
         return [one["holds"] for one in gpu.judge(rows)]
 
@@ -131,6 +136,7 @@ def test_the_targets_are_judged_by_the_figures() -> None:
 def test_what_is_called_warm_is_measured_behind_a_cold_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Warm and cold start times would be wrong, as the compile cache would not match them."""
     cache, done = tmp_path / "cache", []
     monkeypatch.setattr(gpu, "CACHE", cache)
 
@@ -154,8 +160,12 @@ def test_what_is_called_warm_is_measured_behind_a_cold_one(
     assert not done
 
 
+@pytest.mark.slow
 def test_the_whole_plan_is_understood_by_the_commands() -> None:
-    """Each step's flags, by the parsers of the commands themselves."""
+    """A mistake in a step's flags would show up only on the GPU and cost that measurement.
+
+    Each step's flags are read by the parsers of the commands themselves.
+    """
     from distcv.bench import Arguments
     from distcv.command_line import CommandLine, parse_known_arguments, read_command_line
     from distcv.models import find_model

@@ -55,6 +55,7 @@ def test_pictures_of_a_data_set_give_the_logits_of_its_tensors(
     which: Any, run: Path, digits: Path, mnist: Arrays, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    """An image file would get other probabilities than the same image in the test set."""
     flags = ("--which", which, "--top", 99)
     code, rows = predicted(monkeypatch, run, digits, *flags, json_file=tmp_path / "out/p.json")
     assert code == 0
@@ -78,6 +79,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_predicted(
     run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    """One damaged image would end the prediction of a whole folder, or be left out unmentioned."""
     (digits / "0.png").write_bytes((digits / "0.png").read_bytes()[:90])
     (digits / "1.png").write_text("no image")
     (digits / "notes.txt").write_text("not taken for an image")
@@ -97,6 +99,7 @@ def test_ink_on_paper_is_inverted_when_asked_and_noticed_when_not(
     run: Path, digits: Path, mnist: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    """Scans of black ink on white paper would be misclassified without a hint at `--invert`."""
     Image.fromarray(255 - mnist.test_images[3, 0]).save(tmp_path / "ink.png")
     files = (tmp_path / "ink.png", digits / "0.png")
     _, plain = predicted(monkeypatch, run, *files, json_file=tmp_path / "p.json")
@@ -118,6 +121,7 @@ def save(path: Path, image: Image.Image, **options: Any) -> Path:
 
 
 def test_every_mode_of_a_picture_becomes_the_same_pixels(tmp_path: Path, mnist: Arrays) -> None:
+    """The same digit would get another class as a 16-bit PNG, with a palette or as WebP."""
     pixels = mnist.test_images[0]
     gray = Image.fromarray(pixels[0])
     sixteen = Image.fromarray(pixels[0].astype(np.uint16) * 257)
@@ -138,6 +142,7 @@ def test_every_mode_of_a_picture_becomes_the_same_pixels(tmp_path: Path, mnist: 
 def test_transparency_is_white_and_cameras_that_were_held_sideways_are_turned_back(
     tmp_path: Path,
 ) -> None:
+    """Transparent parts of an image would turn black, and phone photos would stay on their side."""
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     clear.putpixel((3, 5), (10, 20, 30, 255))
     for name, image in {"a.png": clear, "p.png": clear.quantize(4)}.items():
@@ -153,6 +158,7 @@ def test_transparency_is_white_and_cameras_that_were_held_sideways_are_turned_ba
 
 
 def test_other_sizes_are_shrunk_smoothly_and_unknown_pixels_refused(tmp_path: Path) -> None:
+    """Large photos would alias into noise, and an EPS file could run code through Ghostscript."""
     board = 255 * (np.indices((320, 320)).sum(0) % 2).astype(np.uint8)
     small = read_image(save(tmp_path / "board.png", Image.fromarray(board)), GRAY)
     assert abs(small.astype(int) - 127).max() <= 2, "a pixel is a mean, not a sample"
@@ -168,6 +174,7 @@ def test_other_sizes_are_shrunk_smoothly_and_unknown_pixels_refused(tmp_path: Pa
 def test_no_images_and_a_device_that_is_not_there_are_refused(
     run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A call without images would seem to succeed, or a wrong `--device` give a traceback."""
     with pytest.raises(InputError, match=r"^no images: name files or folders"):
         predicted(monkeypatch, run, json_file=tmp_path / "p.json")
     for device in ("gpu", "cuda:99", "meta", "hpu"):
@@ -175,17 +182,21 @@ def test_no_images_and_a_device_that_is_not_there_are_refused(
             predicted(monkeypatch, run, digits, "--device", device, json_file=tmp_path / "p.json")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_line_and_code_2_for_what_is_no_run(tmp_path: Path) -> None:
+    """A script that predicts from a wrong run folder would get a traceback, not exit code 2."""
     words = [sys.executable, "-m", "distcv.predict", str(tmp_path), str(tmp_path / "a.png")]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 2
     assert ran.stderr.startswith(f"error: no run in {tmp_path}") and ran.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", "checkpoints", "config.yaml"])
 def test_a_run_that_may_not_be_read_is_named_in_a_line(
     name: str, run: Path, digits: Path, tmp_path: Path
 ) -> None:
+    """A user without read permission would get a traceback instead of the file's name."""
     secret = shutil.copytree(run, tmp_path / "run") / name
     secret.chmod(0)
     words = [*RIGHTS_HOLD, sys.executable, "-m", "distcv.predict", str(tmp_path / "run")]
@@ -207,12 +218,14 @@ def test_a_run_that_may_not_be_read_is_named_in_a_line(
 def test_an_image_with_too_many_pixels_is_not_decoded(
     width: int, height: int, reason: str, tmp_path: Path
 ) -> None:
+    """A small crafted PNG could fill the memory of the machine that predicts it."""
     (tmp_path / "bomb.png").write_bytes(png(width, height))
     with pytest.raises(Exception, match=reason):
         read_image(tmp_path / "bomb.png", RGB)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """A named pipe given as an image would make the command wait forever."""
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ValueError, match="not a regular file"):
         read_image(tmp_path / "x.png", RGB)

@@ -56,7 +56,9 @@ def markdown_tables(text: str) -> list[list[list[str]]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_figures_of_the_result_files(made: Path) -> None:
+    """The results table would state accuracies and intervals that are not those of the runs."""
     table = html_tables((made / "index.html").read_text())[0]
     own = load_recipe("gap")
     assert table[0][1] == f"gap, lr {own.lr}" and table[0][3] == "gap_9k"
@@ -78,6 +80,7 @@ def test_the_table_holds_the_figures_of_the_result_files(made: Path) -> None:
 
 
 def test_html_and_markdown_hold_the_same(made: Path) -> None:
+    """Readers of report.md would see other numbers than readers of index.html, or lack images."""
     page, markdown = ((made / name).read_text() for name in ("index.html", "report.md"))
     assert html_tables(page) == markdown_tables(markdown)
     assert len(html_tables(page)) == 4
@@ -94,6 +97,7 @@ def test_html_and_markdown_hold_the_same(made: Path) -> None:
 
 
 def test_the_summary_comes_first_and_names_what_was_measured(made: Path) -> None:
+    """A reader would have to search the page for the accuracy, n, interval, time and hardware."""
     first = (made / "report.md").read_text().splitlines()[2]
     assert first.startswith(
         f"- **gap on mnist, lr {load_recipe('gap').lr}: 99.40 ± 0.10\N{NO-BREAK SPACE}%**"
@@ -110,6 +114,7 @@ def test_the_summary_comes_first_and_names_what_was_measured(made: Path) -> None
 
 
 def test_the_page_is_one_file_of_unique_ids_without_paths(made: Path) -> None:
+    """A report sent by mail would lose its pictures, or reveal its author's host name and paths."""
     page = (made / "index.html").read_text()
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) > 100 and len(ids) == len(set(ids))
@@ -123,9 +128,11 @@ def test_the_page_is_one_file_of_unique_ids_without_paths(made: Path) -> None:
     assert len(page) < 1.5e6
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_files(
     made: Path, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A report made again from the same runs would show up as changed in version control."""
     call(monkeypatch, made.parent / "runs", "--output", tmp_path, "--target", 99.4,
          "--data-dir", data_dir)  # fmt: skip
     for path in made.iterdir():
@@ -133,6 +140,7 @@ def test_the_same_runs_give_the_same_files(
 
 
 def test_mistakes_show_the_very_images_of_the_test_set(made: Path, mnist: Arrays) -> None:
+    """The gallery of mistakes would show another image than the one that was misclassified."""
     page = (made / "index.html").read_text()
     source = re.search(r'alt="Test image 7: label 9, predicted 4" src="([^"]*)"', page)
     assert source
@@ -142,6 +150,7 @@ def test_mistakes_show_the_very_images_of_the_test_set(made: Path, mnist: Arrays
 
 
 def test_heat_maps_are_shown_of_right_and_wrong_predictions(made: Path, mnist: Arrays) -> None:
+    """The heat maps would omit wrong predictions, or give an image the label of another one."""
     page = (made / "index.html").read_text()
     pairs = re.findall(r'alt="Heat map on test image (\d+): label (\d), predicted (\d)"', page)
     assert len([pair for pair in pairs if pair[1] == pair[2]]) >= 2
@@ -151,6 +160,7 @@ def test_heat_maps_are_shown_of_right_and_wrong_predictions(made: Path, mnist: A
 
 
 def test_what_older_and_unfinished_runs_lack_is_said(made: Path) -> None:
+    """A reader would not learn why an old or unfinished run lacks its matrix or heat maps."""
     text = (made / "report.md").read_text()
     assert "No confusion matrix for gap, lr 0.3: not finished, or by an older version." in text
     assert "gap, lr 0.3: no finished run lists its mistakes" in text
@@ -161,6 +171,7 @@ def test_what_older_and_unfinished_runs_lack_is_said(made: Path) -> None:
 
 
 def test_only_differences_are_listed(made: Path) -> None:
+    """Dozens of equal fields would hide the few in which recipes and environments differ."""
     environments, recipes = markdown_tables((made / "report.md").read_text())[2:]
     named = {row[0] for row in recipes[1:]}
     assert {"model", "lr"} <= named and not {"seed", "epochs", "dataset"} & named
@@ -168,9 +179,11 @@ def test_only_differences_are_listed(made: Path) -> None:
     assert environments[2][2] == "old"
 
 
+@pytest.mark.slow
 def test_without_the_data_set_the_rest_is_reported(
     tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A user who is offline and has no copy of the data set would get no report at all."""
     folder = make_run(tmp_path / "one", weights=True)
     call(monkeypatch, folder, "--data-dir", tmp_path / "empty")
     text = (folder / "report/report.md").read_text()
@@ -181,6 +194,7 @@ def test_without_the_data_set_the_rest_is_reported(
 def test_a_run_that_has_just_begun_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A report on a run without a finished epoch would end in a traceback."""
     folder = make_run(tmp_path / "new", accuracies=(), finished=False)
     (folder / "metrics.jsonl").write_text('{"event": "train", "st')
     (folder / "environment.json").unlink()
@@ -193,6 +207,7 @@ def test_a_run_that_has_just_begun_is_reported(
 def test_the_least_that_a_result_can_say_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A result.json that holds only accuracy and time would make the report fail."""
     folder = make_run(tmp_path / "least", accuracies=(), finished=False)
     (folder / "result.json").write_text('{"test_accuracy": 99.25, "seconds": 10.0}')
     call(monkeypatch, folder, "--output", tmp_path / "out", "--data-dir", tmp_path)
@@ -201,6 +216,7 @@ def test_the_least_that_a_result_can_say_is_reported(
 
 
 def test_of_a_run_that_goes_on_the_newest_epoch_counts_so_far(tmp_path: Path) -> None:
+    """An unfinished run would be reported by its best epoch, and a missed target as reached."""
     runs, _ = read_runs((make_run(tmp_path / "a", accuracies=(91.0, 94.5, 93.0), finished=False),))
     (group,) = read_groups(runs)
     lines = facts(group, 94)
@@ -211,6 +227,7 @@ def test_of_a_run_that_goes_on_the_newest_epoch_counts_so_far(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", MODELS)
 def test_grad_cam_finds_a_map_in_every_network(name: str) -> None:
+    """The report would have no heat maps for one of the built-in networks."""
     torch.manual_seed(0)
     home = DATASETS[MODELS[name].dataset]
     network = build_model(name, channels=home.shape[0], classes=10).eval().requires_grad_(False)
@@ -222,6 +239,7 @@ def test_grad_cam_finds_a_map_in_every_network(name: str) -> None:
 
 
 def test_grad_cam_weights_the_map_by_its_gradient() -> None:
+    """Heat maps would mark pixels that speak against the predicted class as speaking for it."""
     copy = nn.Conv2d(1, 2, 1, bias=False)  # two copies of the image
     copy.weight.data = torch.ones(2, 1, 1, 1)
     whole = nn.Conv2d(2, 2, 4, bias=False)  # gives 1 x 1: the map before it is to be taken
@@ -238,12 +256,14 @@ def test_grad_cam_weights_the_map_by_its_gradient() -> None:
 
 
 def test_means_are_over_the_points_that_all_runs_have() -> None:
+    """The mean curve would jump at the epoch where one of the runs has stopped."""
     series = Series("a", [[(1.0, 2.0), (2.0, 4.0)], [(1.0, 4.0), (2.0, 5.0), (3.0, 9.0)]])
     assert series.mean == [(1.0, 3.0), (2.0, 4.5)]
     assert Series("empty", []).mean == []
 
 
 def test_axes_show_where_the_curves_end() -> None:
+    """Accuracy charts would squeeze the last percent, where runs differ, into a flat line."""
     rising = Series("a", [[(1.0, 85.0), (2.0, 98.0), (3.0, 99.25)]])
     low, high = accuracy_limits([rising])
     assert 96.5 < low < 97 and 99.25 < high <= 100.2
@@ -254,6 +274,7 @@ def test_axes_show_where_the_curves_end() -> None:
 
 
 def test_a_hundred_classes_become_a_picture_of_reasonable_size() -> None:
+    """The confusion matrix of CIFAR-100 would add megabytes to the page that a user sends."""
     counts = [[90 if i == j else (i * j) % 2 for j in range(100)] for i in range(100)]
     counts[3][5] = 44
     recipe = Recipe(model="resnet18", dataset="cifar100")
@@ -276,11 +297,13 @@ def test_a_hundred_classes_become_a_picture_of_reasonable_size() -> None:
     ],
 )  # fmt: skip
 def test_hardware_in_words(fields: dict[str, Any], said: str) -> None:
+    """A reader could not tell on how many GPUs, nodes or threads a time was measured."""
     record = Record("r", Run(Path("r"), Recipe(), None), [], [], [START | fields])
     assert hardware_of(record) == said
 
 
 def test_durations_in_words() -> None:
+    """Training times would read `60 s` or `6120 s` instead of minutes and hours."""
     assert [duration(s) for s in (43.4, 59.6, 725, 6120)] == [
         "43 s", "1 min 0 s", "12 min 5 s", "1 h 42 min",
     ]  # fmt: skip
@@ -289,6 +312,7 @@ def test_durations_in_words() -> None:
 def test_wrong_input_is_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A wrong folder or an unusable `--output` would end in a traceback instead of a remedy."""
     (tmp_path / "file").write_text("")
     (tmp_path / "none").mkdir()
     folder = make_run(tmp_path / "run", accuracies=(), finished=False)
@@ -303,6 +327,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 
 
 def test_only_what_can_be_drawn_is_drawn() -> None:
+    """One NaN or infinite value in metrics.jsonl would break the charts of the report."""
     values = [1, 2.5, float("nan"), float("inf"), 1e308, "3", None, [4]]
     rows = [{"epoch": epoch, "x": value} for epoch, value in enumerate(values)]
     assert finite([*rows, {"epoch": 1e308, "x": 1}], "x") == [(0, 1), (1, 2.5)]

@@ -80,7 +80,9 @@ def axe() -> str:
     return (Path(package.__file__).parent / "axe.min.js").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_fails_and_nothing_is_fetched(browser: "Browser", address: str) -> None:
+    """Opening a report would send requests to other servers, or show broken images."""
     page = browser.new_page()  # under the page's own content security policy
     said: list[str] = []
     asked: list[str] = []
@@ -100,6 +102,7 @@ def test_nothing_fails_and_nothing_is_fetched(browser: "Browser", address: str) 
 
 @pytest.mark.parametrize("opened", [(PHONE, "light")], indirect=True)
 def test_on_a_phone_all_text_is_readable_and_nothing_sticks_out(opened: "Page") -> None:
+    """On a phone, chart labels would be too small to read, or the page would scroll sideways."""
     sizes: list[Any] = opened.evaluate(TEXT_SIZES)
     assert sum(in_svg for _, in_svg, _ in sizes) > 100
     assert min(sizes)[0] >= 11, min(sizes)
@@ -113,6 +116,7 @@ def test_on_a_phone_all_text_is_readable_and_nothing_sticks_out(opened: "Page") 
 
 
 def test_on_a_desktop_train_and_test_stand_side_by_side(opened: "Page") -> None:
+    """On a desktop, a reader would have to scroll between the train chart and the test chart."""
     boxes = opened.evaluate(
         "[...document.querySelectorAll('.charts figure')].slice(0, 2).map((figure) => {"
         "const box = figure.getBoundingClientRect(); return [box.x, box.y, box.right]})"
@@ -121,10 +125,12 @@ def test_on_a_desktop_train_and_test_stand_side_by_side(opened: "Page") -> None:
     assert top == other_top and right <= left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opened", [(width, scheme) for width in (PHONE, DESKTOP) for scheme in SCHEMES], indirect=True
 )
 def test_axe_finds_no_violation(opened: "Page", axe: str) -> None:
+    """Readers who use a screen reader or need high contrast could not read parts of the report."""
     opened.evaluate(axe)
     found = opened.evaluate("axe.run({runOnly: ['wcag2a', 'wcag2aa']})")
     assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found["violations"]] == []
@@ -134,13 +140,16 @@ def test_axe_finds_no_violation(opened: "Page", axe: str) -> None:
 
 @pytest.mark.parametrize("opened", [(DESKTOP, scheme) for scheme in SCHEMES], indirect=True)
 def test_charts_have_contrast_in_both_themes(opened: "Page") -> None:
+    """Curves and chart labels would be hard to see in the light or the dark theme."""
     texts, lines, page = opened.evaluate(SVG_COLORS)
     assert texts and len(lines) >= 3
     assert min(contrast(color, page) for color in texts) >= 4.5
     assert min(contrast(color, page) for color in lines) >= 3, lines
 
 
+@pytest.mark.slow
 def test_axe_would_see_a_fault(opened: "Page", axe: str) -> None:
+    """Accessibility faults would reach readers, because the test with axe could not fail."""
     opened.evaluate("document.querySelector('svg').removeAttribute('aria-label')")
     opened.evaluate("document.querySelector('h1').style.color = '#dddddd'")
     opened.evaluate(axe)
@@ -150,6 +159,7 @@ def test_axe_would_see_a_fault(opened: "Page", axe: str) -> None:
 
 @pytest.mark.parametrize("opened", [(PAPER, "dark")], indirect=True)
 def test_on_paper_it_is_white_whole_and_unfolded(opened: "Page") -> None:
+    """A printed report would be dark, cut off at the margin or without its recipes."""
     folded = "[...document.querySelectorAll('pre')].map((pre) => pre.checkVisibility())"
     assert not any(opened.evaluate(folded))
     opened.emulate_media(media="print")

@@ -47,6 +47,7 @@ def table(*words: str, expect: int = 0, **environment: str) -> list[str]:
 
 
 def test_the_published_figures_come_out_of_their_runs(tmp_path: Path) -> None:
+    """The table would show a wrong mean or deviation, or `--json` would lose fields of a result."""
     make_gap_runs(tmp_path / "runs")
     head, row = table(str(tmp_path / "runs"), "--json", str(tmp_path / "out/gap.json"))
     assert head.split("  ")[0] == "model" and len(head) == len(row)
@@ -60,6 +61,7 @@ def test_the_published_figures_come_out_of_their_runs(tmp_path: Path) -> None:
 def test_runs_of_several_recipes_are_rows_of_their_own_that_say_what_differs(
     tmp_path: Path,
 ) -> None:
+    """Runs of different recipes would be averaged together, or their rows would look alike."""
     make_gap_runs(tmp_path / "a")
     make_gap_runs(tmp_path / "b", lr=0.25, epochs=12)
     make_run(tmp_path / "wide", load_recipe("wide"), GAP[0])
@@ -75,6 +77,7 @@ def test_runs_of_several_recipes_are_rows_of_their_own_that_say_what_differs(
 
 
 def test_many_differences_are_cut_short(tmp_path: Path) -> None:
+    """A recipe with many changed fields would make the rows wider than a terminal."""
     other = load_recipe("gap").model_copy(
         update={"lr": 0.5, "epochs": 2, "momentum": 0.1, "rotate": 3.0, "scale": 0.1, "shear": 9.0}
     )
@@ -84,6 +87,7 @@ def test_many_differences_are_cut_short(tmp_path: Path) -> None:
 
 
 def test_a_single_run_has_no_deviation(tmp_path: Path) -> None:
+    """A table of one run would end in an error, or claim a deviation that was not measured."""
     make_run(tmp_path / "one", load_recipe("gap"), GAP[0])
     only = f"{GAP[0]['test_accuracy']:.2f}"
     said = table(str(tmp_path))[1].split()
@@ -91,6 +95,7 @@ def test_a_single_run_has_no_deviation(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_seed_and_of_several_commits_are_said(tmp_path: Path) -> None:
+    """Repeated seeds and mixed commits would pass as independent samples of one program."""
     make_gap_runs(tmp_path)
     again = GAP[3] | {"commit": "f" * 40 + "-dirty"}
     make_run(tmp_path / "x", load_recipe("gap").model_copy(update={"seed": 3}), again)
@@ -102,6 +107,7 @@ def test_runs_of_one_seed_and_of_several_commits_are_said(tmp_path: Path) -> Non
 
 
 def test_unfinished_runs_are_listed_with_their_newest_step(tmp_path: Path) -> None:
+    """A user could not see in the table how far each unfinished run has come."""
     make_gap_runs(tmp_path / "done")
     begun = make_run(tmp_path / "begun", load_recipe("gap"))
     rows = [{"event": "train", "step": s, "epoch": s / 100, "loss": 1.0} for s in (20, 40)]
@@ -131,6 +137,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("reason", DAMAGED)
 def test_half_made_and_damaged_folders_are_skipped_with_a_line(reason: str, tmp_path: Path) -> None:
+    """One half-written run folder would hide the results of all other runs."""
     make_gap_runs(tmp_path)
     for name, text in DAMAGED[reason].items():
         (tmp_path / "bad").mkdir(exist_ok=True)
@@ -142,6 +149,7 @@ def test_half_made_and_damaged_folders_are_skipped_with_a_line(reason: str, tmp_
 
 @pytest.mark.parametrize("name", ["", "config.yaml", "result.json"])
 def test_what_may_not_be_read_is_skipped_with_a_line(name: str, tmp_path: Path) -> None:
+    """A colleague's unreadable run would end the table in an error instead of a skipped line."""
     make_gap_runs(tmp_path / "runs")
     secret = tmp_path / "runs/seed-3" / name
     secret.chmod(0)
@@ -163,12 +171,14 @@ def test_what_may_not_be_read_is_skipped_with_a_line(name: str, tmp_path: Path) 
 def test_what_ascii_lacks_is_printed_by_its_escape(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
+    """On a terminal without UTF-8 the table would end in a UnicodeEncodeError."""
     make_gap_runs(tmp_path / "runs")
     _, row = table(str(tmp_path / "runs"), **environment)
     assert row.split()[4] == r"\xb1"
 
 
 def test_a_folder_is_counted_once_however_it_is_named(tmp_path: Path) -> None:
+    """A run that is named twice on the command line would count twice, and n would be too high."""
     make_gap_runs(tmp_path / "runs/array-7")
     inside = tmp_path / "runs/array-7/seed-0/wandb/run-1/files"
     inside.mkdir(parents=True)
@@ -187,6 +197,7 @@ def test_a_folder_is_counted_once_however_it_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_gets_one_line(words: list[str], said: str, tmp_path: Path) -> None:
+    """A mistyped folder or flag would give a traceback or an empty table instead of a remedy."""
     make_gap_runs(tmp_path / "runs")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -194,7 +205,9 @@ def test_wrong_input_gets_one_line(words: list[str], said: str, tmp_path: Path) 
     assert line.startswith("error: " + said.format(tmp_path))
 
 
+@pytest.mark.slow
 def test_others_may_write_and_remove_their_folders_meanwhile(tmp_path: Path) -> None:
+    """The table would crash at random while trainings write or remove their run folders."""
     make_gap_runs(tmp_path / "runs")
     done = threading.Event()
 
@@ -218,7 +231,9 @@ def test_others_may_write_and_remove_their_folders_meanwhile(tmp_path: Path) -> 
     assert lengths <= {2, 3} and lengths, "the table, and at times an unfinished run"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_training_command_is_read(tmp_path: Path) -> None:
+    """A run that distcv.train has just finished would be missing from the table."""
     runs = Runs(tmp_path, tmp_path)
     flags = ["--model", "gap", "--dataset", "synthetic", "--max-steps", "4", "--log-every", "2"]
     runs.run("real", *flags)
@@ -230,6 +245,7 @@ def test_a_run_of_the_training_command_is_read(tmp_path: Path) -> None:
 
 
 def test_the_table_needs_no_torch(tmp_path: Path) -> None:
+    """Each call for a table would take the seconds that an import of PyTorch takes."""
     make_gap_runs(tmp_path)
     code = "import sys; from distcv.results import main; main(); sys.exit('torch' in sys.modules)"
     words = [sys.executable, "-c", code, str(tmp_path)]
@@ -237,6 +253,7 @@ def test_the_table_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_wrong_input_for_callers_too(tmp_path: Path) -> None:
+    """Commands that call `read_runs`, such as distcv.report, would accept a missing folder."""
     with pytest.raises(InputError, match="no folder"):
         read_runs((tmp_path / "none",))
 
@@ -255,6 +272,7 @@ def test_a_missing_folder_is_wrong_input_for_callers_too(tmp_path: Path) -> None
     ],
 )
 def test_a_result_of_another_form_is_skipped(damage: dict[str, Any], tmp_path: Path) -> None:
+    """A malformed result.json from someone else could crash the report or put markup into it."""
     make_run(tmp_path / "run", load_recipe("gap"), GAP[0] | damage)
     runs, [skipped] = read_runs((tmp_path,))
     (name,) = damage
@@ -262,6 +280,7 @@ def test_a_result_of_another_form_is_skipped(damage: dict[str, Any], tmp_path: P
 
 
 def test_files_of_a_run_that_could_be_waited_for_are_not_read(tmp_path: Path) -> None:
+    """A named pipe or a deeply nested line in a run folder would hang or crash the table."""
     run = make_run(tmp_path / "run", load_recipe("gap"))
     for name in ("result.json", "metrics.jsonl", "environment.json"):
         os.mkfifo(run / name)
@@ -282,6 +301,7 @@ def test_files_of_a_run_that_could_be_waited_for_are_not_read(tmp_path: Path) ->
     "start", [5, {"versions": []}, {"options": "x"}, {"commit": 5}, {"time": "x"}, {"cores": None}]
 )
 def test_starts_of_another_form_are_left_out(start: Any, tmp_path: Path) -> None:
+    """A damaged start in environment.json would end a report of the run in a traceback."""
     run = make_run(tmp_path / "run", load_recipe("gap"))
     (run / "environment.json").write_text(json.dumps({"starts": [{"cores": 2}]}))
     assert results.read_starts(run) == [{"cores": 2}]
@@ -290,6 +310,7 @@ def test_starts_of_another_form_are_left_out(start: Any, tmp_path: Path) -> None
 
 
 def test_a_reader_that_has_gone_ends_the_command_without_a_word(tmp_path: Path) -> None:
+    """A user who pipes the table into `head` would see a traceback of BrokenPipeError."""
     make_gap_runs(tmp_path)
     reading, writing = os.pipe()
     os.close(reading)

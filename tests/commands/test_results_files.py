@@ -92,7 +92,9 @@ def run(clone: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_finished_runs_become_rows_by_one_command(clone: Path) -> None:
+    """`--collect` would leave wrong numbers in docs/results.md, README.md or the recipe's head."""
     for seed, accuracies in ACCURACIES.items():
         finish(clone, "gap", seed, accuracies)
     collected = run(clone, "../runs", "--collect")
@@ -127,6 +129,7 @@ def test_finished_runs_become_rows_by_one_command(clone: Path) -> None:
 
 
 def test_what_is_not_measured_says_so(measured: Path) -> None:
+    """A reader could take a recipe that was never run for a reproduced one."""
     page, readme = ((measured / name).read_text() for name in ("docs/results.md", "README.md"))
     assert (
         "| reproduced | [`gap_document`](../configs/gap_document.yaml) | not measured yet" in page
@@ -139,6 +142,7 @@ def test_what_is_not_measured_says_so(measured: Path) -> None:
 
 
 def test_files_hold_results_and_curves_and_no_details(measured: Path) -> None:
+    """Clones would grow by the confusion matrix of every run, or lack the curves of its epochs."""
     results = json.loads((measured / "results/gap.json").read_text())
     assert [result["seed"] for result in results] == [0, 1]
     assert not {"confusion", "mistakes"} & results[0].keys() and results[0]["options"] == [
@@ -155,6 +159,7 @@ def test_files_hold_results_and_curves_and_no_details(measured: Path) -> None:
 
 
 def test_later_runs_join_those_that_are_there(measured: Path) -> None:
+    """Adding one seed would delete the seeds before it, or count a run of another recipe."""
     shutil.rmtree(measured.parent / "runs")
     finish(measured, "gap", 3, (97.0, 98.0, 99.2))
     finish(measured, "gap", 1, (97.0, 98.0, 99.1))
@@ -177,6 +182,7 @@ def test_later_runs_join_those_that_are_there(measured: Path) -> None:
 
 
 def test_results_of_an_earlier_state_of_a_recipe_go(measured: Path) -> None:
+    """Published means would mix runs from before and after a change of the recipe."""
     shutil.rmtree(measured.parent / "runs")
     change_recipe(measured, "gap", lr=0.25)
     finish(measured, "gap", 4, (97.0, 98.0, 99.2))
@@ -186,6 +192,7 @@ def test_results_of_an_earlier_state_of_a_recipe_go(measured: Path) -> None:
 
 
 def test_a_result_that_lacks_what_the_page_needs_takes_no_place(measured: Path) -> None:
+    """A result that lacks needed fields would overwrite a good one and break the page."""
     before = (measured / "results/gap.json").read_text()
     path = measured.parent / "runs/gap-0/result.json"
     result = json.loads(path.read_text())
@@ -200,6 +207,7 @@ def test_a_result_that_lacks_what_the_page_needs_takes_no_place(measured: Path) 
 
 
 def test_what_computed_a_part_of_a_run_is_among_its_options(clone: Path) -> None:
+    """A run that used `--compile` only before a resume would be published as one without it."""
     path = finish(clone, "gap", 0, ACCURACIES[0]) / "environment.json"
     starts = json.loads(path.read_text())["starts"]
     resumed = starts[0] | {"options": {"compile": False}}
@@ -212,6 +220,7 @@ def test_what_computed_a_part_of_a_run_is_among_its_options(clone: Path) -> None
 
 
 def test_a_recipe_on_other_data_is_no_row_of_the_network_s_document(clone: Path) -> None:
+    """A Fashion-MNIST accuracy would appear among the results of a network trained on MNIST."""
     gap = load_recipe("gap").model_dump(mode="json") | {"epochs": 3}
     change_recipe(clone, "mine", **gap | {"dataset": "fashion_mnist"})
     change_recipe(clone, "faster", **gap | {"lr": 0.2})
@@ -226,6 +235,7 @@ def test_a_recipe_on_other_data_is_no_row_of_the_network_s_document(clone: Path)
 
 
 def test_a_recipe_that_does_not_tell_its_command_is_named(clone: Path) -> None:
+    """A recipe without its command would stop `--tables` without the name of the file to fix."""
     (clone / "configs/mine.yaml").write_text("model: gap\nlr: 0.3\n")
     wrong = "configs/mine.yaml: no line that tells its command: put '# Command:  python -m "
     assert [line[: len(wrong)] for line in problems(clone)] == [wrong]
@@ -235,12 +245,14 @@ def test_a_recipe_that_does_not_tell_its_command_is_named(clone: Path) -> None:
 
 
 def test_of_two_runs_with_one_seed_the_user_chooses(measured: Path) -> None:
+    """The luckier of two runs with one seed could be published without anyone's choice."""
     again = finish(measured, "gap", 1, (97.0, 98.0, 99.9), at="lucky")
     with pytest.raises(InputError, match=f"runs of gap with the same seed: .*, {again}: name one"):
         gather(measured)
 
 
 def test_our_recipe_is_set_against_the_document_s(measured: Path) -> None:
+    """Readers would see a wrong gain over the document's recipe, or not which settings changed."""
     for seed in (0, 1):
         finish(measured, "gap_document", seed, (96.0, 97.0, 98.9 + seed / 10))
     gather(measured)
@@ -328,6 +340,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("said", FAULTS)
 def test_the_check_finds(said: str, measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edited accuracies, stale results or damaged files would pass `--check` and be published."""
     monkeypatch.chdir(measured)
     assert problems(Path()) == []
     sums = [load_recipe("configs/gap.yaml").sha256]
@@ -340,6 +353,7 @@ def test_the_check_finds(said: str, measured: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_check_fails_with_a_line_for_each_problem(measured: Path) -> None:
+    """`--check` would exit with 0 despite wrong results, or show only the first fault."""
     edit("docs/results.md", "# Results", "# Result")(measured)
     two_of_one_seed(measured)
     checked = run(measured, "--check")
@@ -349,12 +363,14 @@ def test_the_check_fails_with_a_line_for_each_problem(measured: Path) -> None:
 
 
 def test_elsewhere_than_in_a_clone_it_is_one_line(tmp_path: Path) -> None:
+    """A user who runs `--check` outside a clone would get a traceback instead of the reason."""
     checked = run(tmp_path, "--check")
     assert checked.returncode == 2
     assert checked.stderr == "error: no recipes in configs: do this in a clone of distcv\n"
 
 
 def test_results_without_curves_say_so(measured: Path) -> None:
+    """A reader would not learn why a recipe's results come without an analysis."""
     (measured / "results/curves/gap.jsonl").unlink()
     write_tables(measured)
     assert (
@@ -365,6 +381,7 @@ def test_results_without_curves_say_so(measured: Path) -> None:
 
 
 def test_what_runs_ran_on_is_in_their_row_and_command() -> None:
+    """Readers would repeat GPU runs with the wrong launcher, or see a mean of CPU and GPU times."""
     cpu = {"device": "cpu", "cpu": "AMD EPYC", "cores": 2, "threads": "1", "seconds": 90.0}
     gpus = {"device": "NVIDIA H100", "processes": 2, "strategy": "ddp", "seconds": 4.0}
     first, second = cpu | {"seed": 0}, gpus | {"seed": 1, "options": ["compile", "sync_bn"]}
@@ -408,12 +425,14 @@ OVERFITTED = [curve((98.0, 98.5, 0.05), (99.9, 99.2, 0.02), (100.0, 99.1, 0.03))
     ],
 )
 def test_analysis_in_words(curves: list[list[dict[str, float]]], said: str, measured: Path) -> None:
+    """The page would call an overfitted network free of overfitting, or the reverse."""
     results = [{"seed": seed} for seed in range(len(curves))]
     one = Measured("gap", load_recipe("gap"), results, dict(enumerate(curves)))
     assert analysis.analysis(one) == said
 
 
 def test_what_a_recipe_averages_is_tested_and_not_trained() -> None:
+    """Readers would not learn that train accuracy is measured before the weights are averaged."""
     recipe = load_recipe("gap_document").model_copy(update={"ema_decay": 0.999})
     said = analysis.analysis(Measured("gap", recipe, [{"seed": 0}], {0: SHIFTED[0]}))
     assert said.split("; ")[0] == (
@@ -423,12 +442,14 @@ def test_what_a_recipe_averages_is_tested_and_not_trained() -> None:
 
 
 def test_a_test_loss_that_label_smoothing_keeps_up_is_no_overfitting() -> None:
+    """A reader would take the higher test loss that label smoothing causes for overfitting."""
     recipe = load_recipe("gap").model_copy(update={"label_smoothing": 0.1})
     said = analysis.analysis(Measured("gap", recipe, [{"seed": 0}], {0: OVERFITTED[0]}))
     assert said.split("; ")[1] == "test loss ends at 0.0300, which label smoothing keeps up"
 
 
 def test_a_further_recipe_is_named_and_has_an_aim_of_its_own(clone: Path) -> None:
+    """A second recipe of a network would be judged by the aim of the first one."""
     change_recipe(clone, "gap_short", **load_recipe("gap").model_dump(mode="json") | {"epochs": 3})
     of_gap = DOCUMENTS["gap"] | {"further_aims": {"gap_short": {"accuracy": 99.4, "runs": 1}}}
     documents = yaml.safe_dump(DOCUMENTS | {"gap": of_gap}, sort_keys=False)
@@ -443,6 +464,7 @@ def test_a_further_recipe_is_named_and_has_an_aim_of_its_own(clone: Path) -> Non
 
 
 def test_an_aim_is_reached_by_the_mean_as_it_is() -> None:
+    """A mean of 99.396 % would be rounded to 99.40 % and published as `aim reached`."""
     aim = Aim(accuracy=99.4, runs=10)
     assert analysis.verdict(99.396, 10, aim) == "aim missed by 0.004 points"
     assert analysis.verdict(statistics.mean([99.4] * 3), 3, aim) == "aim reached by 3 of 10 runs"
@@ -450,10 +472,12 @@ def test_an_aim_is_reached_by_the_mean_as_it_is() -> None:
 
 
 def test_the_repository_s_results_are_in_order() -> None:
+    """The repository would publish numbers that its own result files do not support."""
     assert problems(ROOT) == []
 
 
 def test_every_network_has_its_document_and_the_document_s_recipe() -> None:
+    """A user could not reproduce a network, because its document or that recipe is missing."""
     documents = read_documents(ROOT)
     assert {load_recipe(name).model for name in documents} == set(MODELS)
     for name, said in documents.items():
@@ -464,7 +488,9 @@ def test_every_network_has_its_document_and_the_document_s_recipe() -> None:
         assert {load_recipe(other).model for other in said.further_aims} <= {model}
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_pick_their_recipes() -> None:
+    """A command copied from docs/results.md would be refused, or would train another recipe."""
     page = (ROOT / "docs/results.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("for seed in ")]
     assert len(lines) >= 2 * len(read_documents(ROOT))

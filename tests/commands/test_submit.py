@@ -108,6 +108,7 @@ def clone(
 
 
 def test_directives_are_read_as_slurm_reads_them() -> None:
+    """The checks would use options that Slurm ignores, and miss options that it reads."""
     text = (
         "#!/bin/bash\n\n  # words\n#SBATCH --nodes=2 -t 5:00   # a comment\n#SBATCH --requeue\n"
         "##SBATCH --nodes=9\n #SBATCH --nodes=9\n"
@@ -121,18 +122,21 @@ def test_directives_are_read_as_slurm_reads_them() -> None:
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_directives_of_the_templates_are_understood(path: Path) -> None:
+    """A job from a shipped template would not be told to save, or would not be requeued."""
     said = directives(path.read_text(), path.name)
     assert said["job-name"] == path.stem
     assert said.keys() >= {"nodes", "time", "output", "signal", "requeue", "open-mode"}
 
 
 def test_a_directive_after_the_first_command_is_refused(clone: Clone) -> None:
+    """Slurm would ignore a misplaced `#SBATCH --time`, and the job would get another limit."""
     name = clone.template("#!/bin/bash\n#SBATCH --nodes=1\nset -e\n#SBATCH --time=5\n")
     said = "error: own.sh, line 4: Slurm ignores #SBATCH after the first command (line 3): move"
     assert clone.submit(name, expect=2).startswith(said)
 
 
 def test_words_of_the_command_line_win_over_directives() -> None:
+    """A job with `--nodes=4` would be checked for the number of nodes in the template."""
     job = read_job(ROOT / "slurm/resnet18.sh", ["--nodes=4", "-p", "low", "--mem", "0"], [])
     assert job.nodes == 4
     assert job.options | {"partition": "low", "mem": "0", "gpus-per-node": "1"} == job.options
@@ -144,6 +148,7 @@ def test_words_of_the_command_line_win_over_directives() -> None:
     [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5-7%2", [1, 5, 6, 7]), ("0-15:5%1", [0, 5, 10, 15])],
 )
 def test_task_numbers(array: str, numbers: list[int]) -> None:
+    """An array such as `1,5-7%2` would be watched and reported with the wrong tasks."""
     assert task_numbers(array) == numbers
 
 
@@ -156,6 +161,7 @@ def test_task_numbers(array: str, numbers: list[int]) -> None:
     ],
 )  # fmt: skip
 def test_time_limits_in_all_of_slurm_s_forms(limit: str, seconds: int | None) -> None:
+    """A limit such as `2-12` would be misread, and a valid job would be refused as too short."""
     assert seconds_in(limit) == seconds
 
 
@@ -170,6 +176,7 @@ def test_time_limits_in_all_of_slurm_s_forms(limit: str, seconds: int | None) ->
     ],
 )
 def test_the_log_is_named_as_slurm_will_name_it(words: list[str], path: str, clone: Clone) -> None:
+    """A user would be told to read a log file that Slurm never writes."""
     assert log_path(read_job(Path(clone.template("")), words, []), "12") == path
 
 
@@ -177,6 +184,7 @@ def test_the_log_is_named_as_slurm_will_name_it(words: list[str], path: str, clo
 
 
 def test_what_is_submitted_is_what_was_checked(clone: Clone) -> None:
+    """Slurm would get other options or flags than those that passed the checks."""
     out = clone.submit(
         "--nodes", "4", "slurm/mnist.sh", "--epochs", "100", "--sbatch", "--comment='a b' --mem=0",
         "--lr=0.2", "--job-name", "try", *SYNTHETIC, "--no-nesterov",
@@ -195,6 +203,7 @@ def test_what_is_submitted_is_what_was_checked(clone: Clone) -> None:
 
 
 def test_a_dry_run_submits_nothing_and_shows_what_was_found(clone: Clone) -> None:
+    """`--dry-run` would submit the job, or hide what the checks found."""
     shown = clone.check("slurm/resnet18.sh", "--nodes", "4", *SYNTHETIC, "--partition", "low")
     assert [call.split()[0] for call in clone.calls()] == ["--test-only"]
     assert (
@@ -214,6 +223,7 @@ def test_a_dry_run_submits_nothing_and_shows_what_was_found(clone: Clone) -> Non
 
 
 def test_each_task_of_an_array_has_its_run_folder(clone: Clone) -> None:
+    """The run folders printed for an array would not be those that its tasks write."""
     out = clone.submit("slurm/seeds.sh", "--array", "2-9", *SYNTHETIC)
     assert "template    slurm/seeds.sh, job seeds, 8 tasks\n" in out
     assert "-- --seed 2 --dataset synthetic --runs-dir" in out
@@ -226,23 +236,27 @@ def test_each_task_of_an_array_has_its_run_folder(clone: Clone) -> None:
 def test_a_cancelled_array_goes_on_in_its_own_folder(
     clone: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A cancelled array submitted again with RUNS_DIR would start over in a new folder."""
     monkeypatch.setenv("RUNS_DIR", "runs/seeds-5")
     out = clone.submit("slurm/seeds.sh", "--array", "2-9", *SYNTHETIC)
     assert out.endswith("run folder  runs/seeds-5/seed-2\nrun folder  runs/seeds-5/seed-9\n")
 
 
 def test_the_job_ids_of_an_array_s_tasks_are_not_guessed(clone: Clone) -> None:
+    """A user would look for logs and run folders under job ids that Slurm never assigned."""
     out = clone.submit("slurm/mnist.sh", "--array", "0-3", *SYNTHETIC)
     assert out.endswith("log         mnist-*.out\nrun folder  runs/mnist-*\n")
 
 
 def test_a_sweep_has_no_recipe_to_check(clone: Clone) -> None:
+    """A sweep could not be submitted, because its command has no recipe to check."""
     shown = clone.check("slurm/sweep.sh", "--array", "0-1", "me/project/abc")
     assert shown["recipe"].startswith("not checked")
     assert shown["runs"].endswith("--count 1 me/project/abc")
 
 
 def test_a_template_that_does_not_show_its_command_is_not_run(clone: Clone) -> None:
+    """A dry run would execute a user's whole batch script on the login node."""
     name = clone.template("#!/bin/bash\n# not launch/requeue.sh\ntouch ran\n")
     assert clone.check(name)["recipe"].startswith("not checked")
     assert not (clone.folder / "ran").exists()
@@ -273,11 +287,13 @@ def test_a_template_that_does_not_show_its_command_is_not_run(clone: Clone) -> N
     ],
 )  # fmt: skip
 def test_how_the_batch_is_dealt_out(words: list[str], line: str, clone: Clone) -> None:
+    """A user would plan with a wrong batch per process for one of the ways to request GPUs."""
     assert clone.check("slurm/mnist.sh", *words, *SYNTHETIC)["batch"] == line
 
 
 @pytest.mark.parametrize("limit", ["0", "UNLIMITED"])
 def test_a_job_may_have_no_time_limit(limit: str, clone: Clone) -> None:
+    """`--time UNLIMITED` would be refused as too short to save before the limit."""
     assert clone.check("slurm/mnist.sh", "--time", limit, *SYNTHETIC)["time"] == f"limit {limit}"
 
 
@@ -314,6 +330,7 @@ def test_a_job_may_have_no_time_limit(limit: str, clone: Clone) -> None:
 def test_wrong_input_gets_one_line_and_nothing_is_submitted(
     words: list[str], said: str, clone: Clone
 ) -> None:
+    """A typo in a flag or an option would show only after hours in the queue."""
     more = [] if "--dataset" in words else SYNTHETIC
     err = clone.submit(*words, *more, expect=2)
     assert err.startswith(f"error: {said}") and err.count("\n") == 1
@@ -321,6 +338,7 @@ def test_wrong_input_gets_one_line_and_nothing_is_submitted(
 
 
 def test_what_slurm_refuses_is_not_submitted(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that Slurm cannot run would be submitted all the same, without Slurm's reason."""
     monkeypatch.setenv("REFUSE", "invalid partition specified: nix")
     err = clone.submit("slurm/mnist.sh", *SYNTHETIC, expect=2)
     assert err == "error: sbatch: invalid partition specified: nix\n"
@@ -328,6 +346,7 @@ def test_what_slurm_refuses_is_not_submitted(clone: Clone, monkeypatch: pytest.M
 
 
 def test_without_slurm_it_is_said(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without Slurm, a user would see a traceback instead of where to submit from."""
     for name in STUBS:
         (clone.bin / name).unlink()
     (clone.bin / "bash").symlink_to(shutil.which("bash") or "")
@@ -339,6 +358,7 @@ def test_without_slurm_it_is_said(clone: Clone, monkeypatch: pytest.MonkeyPatch)
 def test_another_folder_than_the_clone_is_refused(
     clone: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A job submitted from outside the clone would fail when it starts, without launch/."""
     (clone.folder / "elsewhere").mkdir()
     monkeypatch.chdir(clone.folder / "elsewhere")
     err = clone.submit("../slurm/mnist.sh", *SYNTHETIC, expect=2)
@@ -346,6 +366,7 @@ def test_another_folder_than_the_clone_is_refused(
 
 
 def test_a_template_whose_requeues_would_begin_anew_is_refused(clone: Clone) -> None:
+    """Each requeue of a job without `--name` would train again from step 0."""
     text = '#!/bin/bash\n. launch/requeue.sh\nrun_or_requeue srun launch/multinode.sh -- {} "$@"\n'
     named = clone.template(text.format('--name "a-$SLURM_JOB_ID"'))
     assert clone.check(named, *SYNTHETIC)["run folder"] == "runs/a-%j, new"
@@ -355,6 +376,7 @@ def test_a_template_whose_requeues_would_begin_anew_is_refused(clone: Clone) -> 
 
 
 def test_a_template_that_fails_is_refused_with_its_reason(clone: Clone) -> None:
+    """An error in a user's own template would show only when the job starts."""
     name = clone.template("#!/bin/bash\nset -u\necho $NONE\n. launch/requeue.sh\n")
     err = clone.submit(name, expect=2)
     assert err.startswith("error: own.sh doesn't come to launch/requeue.sh: ")
@@ -363,6 +385,7 @@ def test_a_template_that_fails_is_refused_with_its_reason(clone: Clone) -> None:
 
 @pytest.mark.usefixtures("mnist")
 def test_the_data_must_lie_in_the_cache_whole(clone: Clone, data_dir: Path) -> None:
+    """A job would wait in the queue and then fail on a node that cannot download the data."""
     err = clone.submit("slurm/mnist.sh", expect=2)
     remedy = "python -m distcv.data --dataset mnist --data-dir data"
     assert err == f"error: mnist is not in data/distcv: {remedy}\n"
@@ -376,6 +399,7 @@ def test_the_data_must_lie_in_the_cache_whole(clone: Clone, data_dir: Path) -> N
 
 
 def test_a_run_folder_that_exists_is_resumed_or_refused(clone: Clone) -> None:
+    """A user would learn only after the queue that the run folder belongs to another recipe."""
     words = ["slurm/mnist.sh", *SYNTHETIC, "--name", "mine"]
     assert clone.check(*words)["run folder"] == "runs/mine, new"
     folder = clone.folder / "runs/mine"
@@ -417,6 +441,7 @@ def watched(out: str) -> list[str]:
 
 
 def test_a_job_is_followed_through_a_requeue_to_its_end(clone: Clone) -> None:
+    """`--watch` would stop at a requeue or a short outage of Slurm, and miss the result."""
     finished_run(clone.folder / "runs/mnist-4711")
     clone.states(
         QUEUED, QUEUED, RUNNING, RUNNING,
@@ -438,6 +463,7 @@ def test_a_job_is_followed_through_a_requeue_to_its_end(clone: Clone) -> None:
 
 
 def test_figures_are_shown_when_they_are_new(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--watch` would print the same figures again and again, or an empty line after a resume."""
     figures = iter(["step 20", "step 20", "", "step 40"])  # "" while a resumed run cuts its rows
     monkeypatch.setattr("distcv.submit.watch.newest", lambda folder: next(figures))
     clone.states(RUNNING, RUNNING, RUNNING, RUNNING, "4711|COMPLETED|None|node1|0|")
@@ -447,6 +473,7 @@ def test_figures_are_shown_when_they_are_new(clone: Clone, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"])
 def test_a_job_that_does_not_complete_gives_exit_code_1(state: str, clone: Clone) -> None:
+    """A script that waits for `--watch` would take a failed job for a completed one."""
     clone.states(RUNNING, f"4711|{state}|NonZeroExitCode|node1|0|")
     out = clone.submit("slurm/mnist.sh", *SYNTHETIC, "--watch", expect=1)
     assert watched(out)[-1] == f"{state} on node1"
@@ -458,6 +485,7 @@ def test_a_job_that_does_not_complete_gives_exit_code_1(state: str, clone: Clone
 def test_a_job_that_squeue_has_forgotten_is_looked_up_in_the_accounting(
     accounted: str | None, code: int, clone: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`--watch` would never end, or report a wrong state, once squeue has purged the job."""
     if accounted:
         monkeypatch.setenv("ACCOUNTED", accounted)
     clone.states(RUNNING, "!slurm_load_jobs error: Invalid job id specified")
@@ -466,6 +494,7 @@ def test_a_job_that_squeue_has_forgotten_is_looked_up_in_the_accounting(
 
 
 def test_of_an_array_the_states_are_counted_and_the_results_shown(clone: Clone) -> None:
+    """A user who watches an array would see wrong task counts, or no mean over its seeds."""
     for seed, accuracy in enumerate((98.0, 99.0)):
         finished_run(clone.folder / f"runs/seeds-4711/seed-{seed}", accuracy, seed)
 
@@ -491,6 +520,7 @@ def test_of_an_array_the_states_are_counted_and_the_results_shown(clone: Clone) 
 
 
 def test_the_only_result_of_an_array_is_found_in_its_own_folder(clone: Clone) -> None:
+    """The only finished task of an array would be reported with the folder of another task."""
     finished_run(clone.folder / "runs/seeds-4711/seed-1", 99.0, 1)
     clone.states("4711_0|FAILED|None|node1|0|\n4711_1|COMPLETED|None|node1|0|")
     out = clone.submit("slurm/seeds.sh", "--array=0-1", *SYNTHETIC, "--watch", expect=1)
@@ -498,6 +528,7 @@ def test_the_only_result_of_an_array_is_found_in_its_own_folder(clone: Clone) ->
 
 
 def test_ctrl_c_ends_the_watching_only_and_a_terminal_sees_figures_in_place(clone: Clone) -> None:
+    """After Ctrl-C a user would not know that the job still runs, or how to cancel it."""
     finished_run(clone.folder / "runs/mnist-4711")
     clone.states(RUNNING)
     ours, theirs = pty.openpty()
@@ -528,6 +559,7 @@ def test_ctrl_c_ends_the_watching_only_and_a_terminal_sees_figures_in_place(clon
 
 @pytest.mark.parametrize("words", [["--help"], ["slurm/mnist.sh", *SYNTHETIC, "--watch"]])
 def test_no_torch_is_loaded(words: list[str], clone: Clone) -> None:
+    """Each submission on a login node would take the seconds that an import of PyTorch takes."""
     clone.states("4711|COMPLETED|None|node1|0|")
     code = (
         "import atexit, os, sys; from distcv.submit.__main__ import command\n"
@@ -539,6 +571,7 @@ def test_no_torch_is_loaded(words: list[str], clone: Clone) -> None:
 
 @pytest.mark.slow
 def test_a_training_on_two_nodes_of_a_real_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    """On a real cluster, a job on two nodes could not be submitted and followed to its result."""
     for name in ("launch", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -44,8 +44,10 @@ def agents_command(config: dict[str, Any], values: dict[str, Any]) -> list[str]:
     return [word for part in parts for word in part]
 
 
+@pytest.mark.slow
 @SWEEPS
 def test_each_command_line_is_one_of_a_training(path: Path) -> None:
+    """The runs of a sweep would fail on their flags, or train with other values than W&B chose."""
     config = yaml.safe_load(path.read_text())
     assert config.keys() <= KEYS and config["name"] == path.stem
     assert config["method"] in ("bayes", "grid", "random")
@@ -66,6 +68,7 @@ def test_each_command_line_is_one_of_a_training(path: Path) -> None:
 
 @SWEEPS
 def test_the_commands_of_its_head_fit(path: Path) -> None:
+    """A command copied from a sweep file would name a wrong file, project or number of tasks."""
     head = [line[1:] for line in path.read_text().splitlines() if line.startswith("#  ")]
     create, local, slurm = (shlex.split(line, comments=True) for line in head)
     assert create == ["wandb", "sweep", str(path.relative_to(ROOT))]
@@ -77,7 +80,9 @@ def test_the_commands_of_its_head_fit(path: Path) -> None:
     assert f"--array=0-{runs - 1}" in slurm
 
 
+@pytest.mark.slow
 def test_wandb_sweep_takes_a_file(server: WandbServer, tmp_path: Path) -> None:
+    """`wandb sweep` would refuse gap_lr.yaml, and a user could not start the sweep."""
     sweep = {"name": "abc", "project": {"name": "distcv", "entity": {"name": ENTITY}}}
     answer = {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
     server.operations["UpsertSweep"] = lambda v: answer

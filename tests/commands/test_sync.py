@@ -81,9 +81,11 @@ def steps_on_server(server: WandbServer, run: str) -> list[int]:
     return [row["_step"] for row in server.run(run).history]
 
 
+@pytest.mark.slow
 def test_each_log_is_sent_once_in_the_order_of_starts(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows of offline runs would reach W&B twice, out of order or not at all."""
     first = log_offline(Path("runs/a"), range(3), monkeypatch)
     second = log_offline(Path("runs/a"), range(3, 5), monkeypatch, WEIGHTS)
     log_offline(Path("runs/array/b"), range(2), monkeypatch)
@@ -103,9 +105,11 @@ def test_each_log_is_sent_once_in_the_order_of_starts(
     assert not Path("wandb").exists(), "W&B's own notes lie in the run folder"
 
 
+@pytest.mark.slow
 def test_of_a_log_that_was_sent_in_part_the_rest_is_sent(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After an interrupted sync, W&B would lack the last rows and the weights for good."""
     log = log_offline(Path("runs/a"), range(5), monkeypatch, WEIGHTS)
     assert send()[0] == 0
     log.with_suffix(".wandb.synced").unlink()
@@ -118,9 +122,11 @@ def test_of_a_log_that_was_sent_in_part_the_rest_is_sent(
     assert list(log.parent.glob("*.wandb*")) == [log, log.with_suffix(".wandb.synced")]
 
 
+@pytest.mark.slow
 def test_what_an_online_run_could_not_send_is_sent(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An outage at the end of an online run would cost the user its last rows and images."""
     settings = wandb.Settings(
         console="off", x_disable_stats=True, x_file_stream_transmit_interval=1, finish_timeout=1,
         x_file_stream_retry_max=1, x_file_stream_retry_wait_min_seconds=0.1,
@@ -158,6 +164,7 @@ def test_what_an_online_run_could_not_send_is_sent(
 def test_an_artifact_whose_files_are_gone_is_told(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run would be marked as sent although the files of its artifact are gone."""
     log = log_offline(Path("runs/a"), range(2), monkeypatch, WEIGHTS)
     shutil.rmtree("runs/a/artifacts/staging")
     code, [line] = send()
@@ -169,9 +176,11 @@ def test_an_artifact_whose_files_are_gone_is_told(
     assert steps_on_server(server, "a") == [0, 1]
 
 
+@pytest.mark.slow
 def test_what_the_server_did_not_take_is_told(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows or weights that W&B refused would count as sent and never be sent again."""
     log_offline(Path("runs/a"), range(2), monkeypatch, WEIGHTS)
     log_offline(Path("runs/b"), range(2), monkeypatch)
     answer = server.answer
@@ -191,9 +200,11 @@ def test_what_the_server_did_not_take_is_told(
     assert list(Path("runs").rglob("*.synced")) == []
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_is_left_alone(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The log of a running training would be sent in part and marked as complete."""
     for name in "ab":
         log_offline(Path("runs") / name, range(2), monkeypatch)
     with filelock.FileLock("runs/a/lock"):
@@ -205,9 +216,11 @@ def test_a_run_in_progress_is_left_alone(
     assert list(server.runs) == ["b"]
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_on_another_host_is_left_alone(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A training on another host would be marked as sent too early, or after its death never."""
     log_offline(Path("runs/a"), range(2), monkeypatch)
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.3)
     held = lease.Lease(Path("runs/a"), give_up=print)
@@ -229,9 +242,11 @@ def test_a_run_in_progress_on_another_host_is_left_alone(
     assert not Path("runs/a/lease.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_here_is_sent_at_once(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A user would wait for the lease timeout before the log of a killed run is sent."""
     log_offline(Path("runs/a"), range(2), monkeypatch)
     left = lease.Lease(Path("runs/a"))
     Path("runs/a/lease.json").write_bytes(left._text())
@@ -242,6 +257,7 @@ def test_a_run_that_was_killed_here_is_sent_at_once(
 def test_without_a_key_or_a_server_nothing_is_sent(
     server: WandbServer, send: Sync, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """A user without a key would get a traceback, or see the server's password printed."""
     log = log_offline(Path("runs/a"), range(2), monkeypatch)
     host = "W&B at 127.0.0.1"
     with monkeypatch.context() as patch:
@@ -266,9 +282,11 @@ def test_without_a_key_or_a_server_nothing_is_sent(
     assert send("elsewhere")[0] == 2
 
 
+@pytest.mark.slow
 def test_the_server_may_hang_in_the_middle(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A W&B server that stops answering would make the sync wait forever."""
     monkeypatch.setattr(sync, "ANSWER_SECONDS", 2.0)
     log = log_offline(Path("runs/a"), range(2), monkeypatch)
     answer = server.answer
@@ -287,6 +305,7 @@ def test_the_server_may_hang_in_the_middle(
 def test_a_log_is_read_and_written_as_the_client_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows of a long or cut log would not reach W&B, or damage in it would go unnoticed."""
     path = log_offline(tmp_path / "a", range(2000), monkeypatch)
     records = list(read_records(path))
     assert path.stat().st_size > 3 * 32768

@@ -43,6 +43,7 @@ def chance(epoch: int = 0, ids: Tensor = IDS) -> Chance:
 
 
 def test_nothing_is_shifted_away_or_blanked_as_a_whole(data: ResidentImages) -> None:
+    """A `--translate` or `--cutout` that is too large would train on blank images unnoticed."""
     augmenter(data, translate=31, cutout=63)
     for fields in ({"translate": 32}, {"translate": 10**30}, {"cutout": 64}):
         ((name, size),) = fields.items()
@@ -50,10 +51,12 @@ def test_nothing_is_shifted_away_or_blanked_as_a_whole(data: ResidentImages) -> 
             augmenter(data, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4}, {"cutmix": 1.0}])
 def test_a_sample_s_chance_does_not_depend_on_its_neighbours(
     data: ResidentImages, mixing: dict[str, float]
 ) -> None:
+    """The same run on more devices would see other images and reach other weights."""
     augment = augmenter(data, **EVERYTHING, **mixing)
     ids = torch.tensor([5, 200, 17, 33, 90, 91])
     inputs, targets = augment(data.__getitems__(ids), 3)
@@ -68,10 +71,12 @@ def test_a_sample_s_chance_does_not_depend_on_its_neighbours(
     assert not torch.equal(inputs, other_seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(AUGMENTS))
 def test_each_operation_alone_changes_images_and_keeps_their_form(
     name: str, data: ResidentImages
 ) -> None:
+    """An augmentation flag would do nothing, change labels or overwrite the training set."""
     fields = {"affine": {"rotate": 15.0}, "translate": {"translate": 3}, "flip": {"flip": "random"},
               "trivial_augment": {"trivial_augment": True}}[name]  # fmt: skip
     augment = augmenter(data, **fields)
@@ -86,6 +91,7 @@ def test_each_operation_alone_changes_images_and_keeps_their_form(
 
 
 def test_normalised_as_the_table_says(data: ResidentImages) -> None:
+    """Networks would get images that are not normalised by the data set's mean and deviation."""
     inputs, _ = augmenter(data)(data.__getitems__(IDS), 0)
     info = DATASETS["cifar10"]
     mean, std = torch.tensor(info.mean).view(3, 1, 1), torch.tensor(info.std).view(3, 1, 1)
@@ -95,6 +101,7 @@ def test_normalised_as_the_table_says(data: ResidentImages) -> None:
 
 @pytest.mark.parametrize("mode", ["zero", "reflect"])
 def test_translate_shifts_by_every_amount_and_fills_the_border(mode: str) -> None:
+    """`--translate` would leave out some shifts, or fill the border with other pixels."""
     ids = torch.arange(4000)
     images = torch.zeros(4000, 1, 9, 9, dtype=torch.uint8)
     images[:, 0, 4, 4] = 200
@@ -115,6 +122,7 @@ def test_translate_shifts_by_every_amount_and_fills_the_border(mode: str) -> Non
 def test_random_flip_mirrors_half_and_alternating_flip_every_second_epoch(
     data: ResidentImages,
 ) -> None:
+    """`--flip alternating` would show some images unchanged in two epochs in a row."""
     images, mirrored = data.images[:64], data.images[:64].flip(-1)
 
     def which(recipe: Recipe, epoch: int) -> Tensor:
@@ -133,6 +141,7 @@ def test_random_flip_mirrors_half_and_alternating_flip_every_second_epoch(
 
 
 def test_rotation_turns_about_the_centre_within_its_limit() -> None:
+    """`--rotate 30` would turn images too far, too little or not about their centre."""
     images = torch.zeros(64, 1, 31, 31)
     images[:, :, 2, 15] = 255.0  # a point above the centre
     turned = affine(images, Recipe(rotate=30.0), chance())
@@ -143,6 +152,7 @@ def test_rotation_turns_about_the_centre_within_its_limit() -> None:
 
 
 def test_cutout_blanks_a_square_with_the_mean_colour(data: ResidentImages) -> None:
+    """`--cutout 6` would blank another area than a square, or give it another colour."""
     inputs, _ = augmenter(data, cutout=6)(data.__getitems__(IDS), 0)
     plain, _ = augmenter(data)(data.__getitems__(IDS), 0)
     changed = (inputs != plain).any(1)
@@ -152,6 +162,7 @@ def test_cutout_blanks_a_square_with_the_mean_colour(data: ResidentImages) -> No
 
 
 def test_mixup_blends_images_and_labels_alike(data: ResidentImages) -> None:
+    """MixUp would train on labels whose weights differ from those of the blended images."""
     augment = augmenter(data, mixup=1.0)
     batch = data.__getitems__(IDS)
     inputs, targets = augment(batch, 0)
@@ -169,6 +180,7 @@ def test_mixup_blends_images_and_labels_alike(data: ResidentImages) -> None:
 
 
 def test_cutmix_s_labels_are_the_areas(data: ResidentImages) -> None:
+    """CutMix would train on labels that do not match how much of each image is visible."""
     inputs, targets = augmenter(data, cutmix=1.0)(data.__getitems__(IDS), 0)
     plain, labels = augmenter(data)(data.__getitems__(IDS), 0)
     own = (inputs == plain).all(1).float().mean((1, 2))
@@ -180,6 +192,7 @@ def test_cutmix_s_labels_are_the_areas(data: ResidentImages) -> None:
 
 
 def test_trivial_augment_uses_all_operations(data: ResidentImages) -> None:
+    """TrivialAugment would be weaker than published: some operations would not be drawn."""
     drawn = chance(ids=torch.arange(3000)).integers("ta-op", 0, len(OPERATIONS) - 1)
     assert len(OPERATIONS) == 14
     assert int(torch.bincount(drawn).min()) > 130
@@ -191,8 +204,11 @@ def test_trivial_augment_uses_all_operations(data: ResidentImages) -> None:
     assert len(changed) >= 12, "noise is left alone by contrast stretching at most"
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (4, 1, 28, 28), (1, 3, 20, 33)])
+# With an even and an odd side, a rotation by 90 degrees samples midway between pixels, where the
+# rounding of the processor decides.
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (4, 1, 28, 28), (1, 3, 20, 34)])
 def test_the_operations_of_trivial_augment_are_torchvision_s(shape: tuple[int, ...]) -> None:
+    """Users could not compare accuracies with papers that use torchvision's TrivialAugment."""
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     space = TrivialAugmentWide()._augmentation_space(31)
     for (name, (magnitudes, signed)), operation in zip(space.items(), OPERATIONS, strict=True):
@@ -217,6 +233,7 @@ def image_data(name: str) -> ImageData:
 
 
 def test_the_picture_of_samples_has_each_class_raw_and_augmented() -> None:
+    """Users would judge a recipe by a picture that lacks classes or shows no augmentation."""
     data = image_data("cifar100")
     picture = sample_picture(data, load_recipe("resnet18"), rows=3)
     tiles = picture[:, 2:, 2:].unfold(1, 32, 34).unfold(2, 32, 34).permute(1, 2, 0, 3, 4)
@@ -228,6 +245,7 @@ def test_the_picture_of_samples_has_each_class_raw_and_augmented() -> None:
 
 
 def test_the_picture_of_a_number_of_classes_that_fill_no_row_ends_in_gray() -> None:
+    """For a data set of 15 classes, the picture of samples would fail or show wrong tiles."""
     data = image_data("cifar100")
     info = dataclasses.replace(data.info, classes=data.info.classes[:15])
     picture = sample_picture(dataclasses.replace(data, info=info), load_recipe("resnet18"), rows=1)
@@ -241,6 +259,7 @@ def test_the_picture_of_a_number_of_classes_that_fill_no_row_ends_in_gray() -> N
 def test_the_augmentation_that_is_shown_changes_the_images(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`distcv.data --show` would present copies of the raw images as augmented samples."""
     monkeypatch.setattr(data_command, "load_dataset", lambda *_: image_data(name))
     file = tmp_path / "samples.png"
     monkeypatch.setattr(sys, "argv", ["data", "--dataset", name, "--show", str(file)])
@@ -253,6 +272,7 @@ def test_the_augmentation_that_is_shown_changes_the_images(
 
 
 def test_grey_images_pass_through_everything() -> None:
+    """Some augmentation would fail on gray images, or turn them into NaN."""
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     data = ResidentImages(images, torch.arange(64) % 10, torch.device("cpu"))
     augment = Augmenter(Recipe(**EVERYTHING), data, DATASETS["mnist"])  # type: ignore[arg-type]
@@ -261,14 +281,17 @@ def test_grey_images_pass_through_everything() -> None:
 
 
 def test_integers_reach_both_ends_and_nothing_else() -> None:
+    """The largest shifts would never be drawn, or more often than the others."""
     many = chance(ids=torch.arange(200_000)).integers("x", -3, 4)
     assert torch.bincount(many + 3).tolist() == pytest.approx([25_000] * 8, rel=0.05)
 
 
 def test_streams_differ() -> None:
+    """Images would be shifted along one diagonal only, as far down as to the right."""
     one, two = chance()("translate-x"), chance()("translate-y")
     assert not torch.equal(one, two)
 
 
 def test_batch_is_a_plain_tuple() -> None:
+    """Code that builds or unpacks a batch by position would mix up images, labels and ids."""
     assert Batch._fields == ("images", "labels", "ids", "host_ids")

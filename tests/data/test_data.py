@@ -34,6 +34,7 @@ SYNTHETIC_SUM = "f1e9d356f0a10534fcc2acd839be81f62bdbb225cc6e29898cfd36569a86b0d
 
 
 def test_reading_the_table_imports_nothing_heavy() -> None:
+    """Users would wait for torch and numpy to load before a misspelt data set is refused."""
     code = (
         "import sys, distcv.data; print({'torch', 'numpy', 'PIL', 'filelock'} & set(sys.modules))"
     )
@@ -48,6 +49,7 @@ def test_reading_the_table_imports_nothing_heavy() -> None:
     [("mnist", MNIST_SUMS, MNIST_HEADERS), ("cifar10", CIFAR10_SUMS, [b""] * 4)],
 )
 def test_real_data(name: str, sums: list[str], headers: list[bytes], data_dir: Path) -> None:
+    """Users would train on pixels or labels that are not those of MNIST or CIFAR-10."""
     data = load_dataset(name, data_dir)
     info = data.info
     assert data.train_images.shape == (info.train, *info.shape)
@@ -64,6 +66,7 @@ def test_real_data(name: str, sums: list[str], headers: list[bytes], data_dir: P
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_mean_and_std_are_those_of_the_training_images(name: str, data_dir: Path) -> None:
+    """Inputs would not have mean 0 and deviation 1, and published accuracies could be missed."""
     if name in ("fashion_mnist", "cifar100") and not (data_dir / f"distcv/{name}.uint8").exists():
         pytest.skip(f"{name} has not been fetched into {data_dir}")
     data = load_dataset(name, data_dir)
@@ -77,6 +80,7 @@ def test_mean_and_std_are_those_of_the_training_images(name: str, data_dir: Path
 
 
 def test_class_names() -> None:
+    """Predictions and reports would give users the wrong class names."""
     from torchvision import datasets
 
     assert list(DATASETS["fashion_mnist"].classes) == datasets.FashionMNIST.classes
@@ -88,6 +92,7 @@ def test_class_names() -> None:
 
 
 def test_every_row_is_whole() -> None:
+    """A data set would be normalised by values that do not match its channels or pixels."""
     for name, row in DATASETS.items():
         assert row.name == name
         assert len(row.mean) == len(row.std) == row.shape[0]
@@ -95,6 +100,7 @@ def test_every_row_is_whole() -> None:
 
 
 def test_unknown_name_and_wrong_shape_are_refused(tmp_path: Path) -> None:
+    """A misspelt data set would get no hint, and a wrong image shape no explanation."""
     with pytest.raises(InputError, match="did you mean 'cifar10'"):
         find_dataset("cifar-10")
     with pytest.raises(InputError, match=r"\(3, 32, 32\): mnist has \(1, 28, 28\)"):
@@ -108,6 +114,7 @@ def test_unknown_name_and_wrong_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_synthetic_is_the_same_everywhere(tmp_path: Path) -> None:
+    """Results on the synthetic set could not be compared between machines or versions."""
     data = load_dataset("synthetic", tmp_path / "none")
     assert data.train_images.shape == (10_000, 3, 32, 32) and data.test_images.shape[0] == 2_000
     digest = hashlib.sha256(data.train_images.numpy())
@@ -119,6 +126,7 @@ def test_synthetic_is_the_same_everywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (2, 9, 14)])
 def test_synthetic_shape_decides(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    """Synthetic images of a user's own shape would be wrong or wrongly normalised."""
     data = load_dataset("synthetic", tmp_path, shape=shape)
     assert data.info.shape == shape == data.train_images.shape[1:] == data.test_images.shape[1:]
     assert len(data.info.mean) == len(data.info.std) == shape[0]
@@ -128,10 +136,12 @@ def test_synthetic_shape_decides(shape: tuple[int, int, int], tmp_path: Path) ->
     assert pixels.std((0, 2, 3)).tolist() == pytest.approx(data.info.std, abs=exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 def test_synthetic_is_learnt_by_a_convolutional_network_only(
     shape: tuple[int, int, int], tmp_path: Path
 ) -> None:
+    """The synthetic set could not show users whether their convolutional network learns."""
     data = load_dataset("synthetic", tmp_path, shape=shape)
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))

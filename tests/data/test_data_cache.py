@@ -35,6 +35,7 @@ def cached(data_dir: Path, mnist: Arrays, tmp_path: Path) -> Path:
 def test_second_load_is_silent_and_needs_no_network(
     cached: Path, offline: None, monkeypatch: pytest.MonkeyPatch, mnist: Arrays
 ) -> None:
+    """Users would need a network at each start, even after the data set has been cached."""
     monkeypatch.setenv("DISTCV_MIRROR", DEAD)
     said: list[str] = []
     data = load_dataset("mnist", cached, report=said.append)
@@ -48,6 +49,7 @@ def test_second_load_is_silent_and_needs_no_network(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_images_are_mapped_copy_on_write(cached: Path) -> None:
+    """Each process would need memory for its own copy, or a write would damage the cache."""
     file = cached / "distcv/mnist.uint8"
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     data = load_dataset("mnist", cached)
@@ -110,10 +112,12 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_found_reported_and_fetched_again(
     damage: str, cached: Path, offline: None, mnist: Arrays, mnist_idx: dict[str, bytes]
 ) -> None:
+    """Users would train on damaged images, or have to repair the cache by hand."""
     apply, reason = DAMAGES[damage]
     data = cached / "distcv/mnist.uint8"
     apply(data, cached / "distcv/mnist.json")
@@ -132,6 +136,7 @@ def test_damaged_cache_is_found_reported_and_fetched_again(
 
 
 def test_damaged_cache_is_never_used_for_want_of_a_better_one(cached: Path, offline: None) -> None:
+    """Without a network, a run would train on damaged images instead of stopping."""
     flip(0)(cached / "distcv/mnist.uint8", Path())
     for _ in range(2):
         with pytest.raises(InputError, match="no source delivered it"):
@@ -141,6 +146,7 @@ def test_damaged_cache_is_never_used_for_want_of_a_better_one(cached: Path, offl
 def test_nothing_reachable_is_one_error_that_names_all(
     tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Users without a network would not learn what was tried and where to put the files."""
     monkeypatch.setenv("DISTCV_MIRROR", DEAD)
     said: list[str] = []
     with pytest.raises(InputError) as caught:
@@ -197,6 +203,7 @@ def open_folder() -> Iterator[Path]:
 def test_valid_cache_in_a_read_only_folder(
     open_folder: Path, cached: Path, offline: None, mnist: Arrays
 ) -> None:
+    """A shared read-only folder could not be used, although it holds a valid cache."""
     (open_folder / "distcv").mkdir()
     for file in (cached / "distcv").iterdir():
         file.rename(open_folder / "distcv" / file.name)
@@ -208,6 +215,7 @@ def test_valid_cache_in_a_read_only_folder(
 
 
 def test_read_only_folder_without_a_cache(open_folder: Path, offline: None) -> None:
+    """Users would not be told that the data folder is read-only and holds no data."""
     with read_only(open_folder), pytest.raises(InputError, match=r"can't write .*none of this"):
         load_dataset("mnist", open_folder)
 
@@ -215,6 +223,7 @@ def test_read_only_folder_without_a_cache(open_folder: Path, offline: None) -> N
 def test_read_only_folder_with_the_original_files(
     open_folder: Path, offline: None, mnist: Arrays, mnist_gz: dict[str, bytes]
 ) -> None:
+    """Original files in a read-only folder would be refused, since no cache fits beside them."""
     put_files(open_folder / "MNIST/raw", mnist_gz)
     said: list[str] = []
     with read_only(open_folder):
@@ -223,6 +232,7 @@ def test_read_only_folder_with_the_original_files(
 
 
 def test_a_file_in_the_way_of_the_folder(tmp_path: Path, offline: None) -> None:
+    """A file called `distcv` in the data folder would cause a traceback."""
     (tmp_path / "distcv").write_text("a file")
     with pytest.raises(InputError, match="can't write"):
         load_dataset("mnist", tmp_path)
@@ -270,7 +280,9 @@ def mirror(serve: Serve, mnist_gz: dict[str, bytes]) -> Loopback:
     return serve({f"/mnist/{name}": data for name, data in mnist_gz.items()})
 
 
+@pytest.mark.slow
 def test_eight_processes_download_once(tmp_path: Path, mirror: Loopback, mnist: Arrays) -> None:
+    """Eight processes would download the data set eight times or read a partial cache."""
     start_together = (
         "import os, time\n"
         f"meeting = Path({str(tmp_path / 'meeting')!r}); meeting.mkdir(exist_ok=True)\n"
@@ -285,9 +297,11 @@ def test_eight_processes_download_once(tmp_path: Path, mirror: Loopback, mnist: 
     assert not list((tmp_path / "data/distcv").glob(".*"))
 
 
+@pytest.mark.slow
 def test_killed_while_it_downloads_and_another_waits(
     tmp_path: Path, mirror: Loopback, mnist: Arrays
 ) -> None:
+    """After a killed download, a waiting process would hang or partial files would remain."""
     mirror.stall_after = 1000
     first = start_child(tmp_path, mirror.url)
     assert mirror.stalled.wait(30)
@@ -302,6 +316,7 @@ def test_killed_while_it_downloads_and_another_waits(
     assert not list((tmp_path / "distcv").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "left"),
     [
@@ -322,6 +337,7 @@ def test_killed_while_it_downloads_and_another_waits(
 def test_killed_while_it_writes(
     before: str, left: list[str], tmp_path: Path, mirror: Loopback, mnist: Arrays
 ) -> None:
+    """A kill during the first start would leave a cache that no later run can load."""
     child = start_child(tmp_path, mirror.url, before)
     read_until(child, "now")
     child.send_signal(signal.SIGKILL)

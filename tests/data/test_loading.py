@@ -37,6 +37,7 @@ def global_batches(processes: int, accumulation: int, step: int = 0) -> list[lis
 def test_global_batches_are_the_same_on_any_number_of_processes(
     processes: int, accumulation: int
 ) -> None:
+    """A run on more processes would train on other batches and show another learning curve."""
     batches = global_batches(processes, accumulation)
     assert batches == global_batches(1, 1)
     assert [len(batch) for batch in batches] == [96] * 10
@@ -45,6 +46,7 @@ def test_global_batches_are_the_same_on_any_number_of_processes(
 
 
 def test_epochs_differ_and_any_step_can_be_sought() -> None:
+    """A resumed run would repeat or skip batches, or all epochs would have the same order."""
     first, second = global_batches(2, 1), global_batches(2, 1, step=10)
     assert first != second
     assert global_batches(2, 1, step=4) == first[4:]
@@ -52,6 +54,7 @@ def test_epochs_differ_and_any_step_can_be_sought() -> None:
 
 
 def test_impossible_batches_are_refused() -> None:
+    """A batch size that cannot be split would cause a traceback or a process without samples."""
     with pytest.raises(InputError, match="batch_size 96 exceeds the 50 training samples"):
         TrainingBatches(50, 96, processes=1, accumulation=1, seed=0)
     with pytest.raises(InputError, match="3 processes x 2 accumulation steps"):
@@ -61,6 +64,7 @@ def test_impossible_batches_are_refused() -> None:
 @pytest.mark.parametrize("samples", [1, 10, 1000, 1001, 9999, 10_000])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
 def test_evaluation_holds_each_sample_once_in_equal_rounds(samples: int, processes: int) -> None:
+    """Test accuracy would count samples twice or not at all, or evaluation would hang."""
     shares = dealt(EvaluationBatches(samples, 1000, processes=processes), processes)
     assert len({len(share) for share in shares}) == 1, "all processes take the same path"
     ids = torch.cat([batch for share in shares for batch in share])
@@ -68,6 +72,7 @@ def test_evaluation_holds_each_sample_once_in_equal_rounds(samples: int, process
 
 
 def test_one_indexed_fetch_a_batch() -> None:
+    """Training would be slower, since images would be fetched one by one."""
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
     data = ResidentImages(images, torch.arange(20), torch.device("cpu"))
     calls = []
@@ -88,7 +93,10 @@ def test_one_indexed_fetch_a_batch() -> None:
 
 
 def test_resident_images_are_fetched_by_places_on_their_device() -> None:
-    """CPU places would make the host wait in every step; "cuda" and "cuda:0" are not equal."""
+    """Each training step on a GPU would make the host wait, and users would lose images/s.
+
+    Indices on the CPU cause that wait; "cuda" and "cuda:0" are not equal.
+    """
 
     class Places(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -107,6 +115,7 @@ def test_resident_images_are_fetched_by_places_on_their_device() -> None:
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_images_that_do_not_fit_stay_where_they_are(fits: bool) -> None:
+    """A data set larger than the device's memory would be copied there and end the run."""
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
     # A CPU with a number is another device than the one without, and does for one of its own.
     data = ResidentImages(images, torch.arange(20), torch.device("cpu", 0), fits=fits)

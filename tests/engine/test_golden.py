@@ -115,18 +115,22 @@ def read(name: str) -> tuple[str, list[float]]:
 on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="they are those of a CPU")
 
 
+@pytest.mark.slow
 @on_cpu
 @pytest.mark.parametrize("name", CURVES)
 def test_the_losses_are_the_golden_ones(
     name: str, data_dir: Path, mnist: object, cifar10: object
 ) -> None:
+    """An update of distcv could silently change the loss curve of a user's recipe."""
     curve, (made_by, golden) = CURVES[name], read(name)
     assert made_by == head(name), "make the file again"
     assert losses(curve, data_dir) == pytest.approx(golden, rel=curve.tolerance)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_slightly_different_momentum_is_seen(data_dir: Path, mnist: object) -> None:
+    """A momentum of 0.89 instead of 0.9 would pass unseen, and users would get other curves."""
     curve = CURVES["gap"]
     found = losses(curve, data_dir, "--momentum", "0.89")
     assert found != pytest.approx(read("gap")[1], rel=2 * curve.tolerance)

@@ -127,6 +127,7 @@ CASES = {
 def test_a_skipped_step_leaves_everything_as_it_was(
     what: str, case: str, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One NaN or infinity would corrupt weights, optimizer state, BatchNorm or the averages."""
     recipe = RECIPE.model_copy(update=CASES[case])
     steps = {0, 3, 4}  # the first step makes the optimizer's state
     expected = Trained(recipe, data).past(steps)
@@ -146,6 +147,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(
 def test_an_infinite_loss_whose_gradient_is_finite_is_skipped_too(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A step with an infinite loss would still update the weights if its gradient is finite."""
     expected = Trained(RECIPE, data).past({2})
     one = Trained(RECIPE, data)
     original = torch.nn.functional.cross_entropy
@@ -157,9 +159,11 @@ def test_an_infinite_loss_whose_gradient_is_finite_is_skipped_too(
     assert one.progress.skipped_steps == 1 and one.unlike(expected) == []
 
 
+@pytest.mark.slow
 def test_an_overflow_of_fp16_is_not_counted_but_a_bad_loss_is(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With fp16, normal overflows of the loss scale would be taken for divergence."""
     one = Trained(RECIPE.model_copy(update={"precision": "fp16"}), data)
     runtime = one.training.runtime
     backward = runtime.backward
@@ -179,6 +183,7 @@ def test_an_overflow_of_fp16_is_not_counted_but_a_bad_loss_is(
 def test_three_in_a_row_are_too_many(
     log_every: int, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A diverged run would waste hours on NaN losses instead of stopping with a remedy."""
     monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)
     one = Trained(RECIPE.model_copy(update={"max_steps": 9}), data)
     spoil_losses(monkeypatch, one, {1, 2, 4, 5, 6}, NAN)
@@ -191,6 +196,7 @@ def test_three_in_a_row_are_too_many(
 def test_they_are_counted_over_the_end_of_an_epoch(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run that diverges at an epoch's end would go on, since the count would start anew."""
     one = Trained(RECIPE, data)
     assert one.training.steps_per_epoch == 10
     spoil_losses(monkeypatch, one, {8, 9, 10}, NAN)
@@ -202,6 +208,7 @@ def test_they_are_counted_over_the_end_of_an_epoch(
 
 
 def test_skips_are_counted_one_by_one() -> None:
+    """Runs on several processes would stop too early: one skipped step would count twice."""
     progress = Progress(skipped_steps=4, skipped_in_a_row=2)
     assert not progress.count_skips([0, 2, 2])  # a sum over two processes
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (6, 2)
@@ -214,6 +221,7 @@ def test_skips_are_counted_one_by_one() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_sgd_keeps_momentum_and_weights_where_it_is_told_to(fused: bool) -> None:
+    """A step without a finite gradient would leave NaN in SGD's weights and momentum for good."""
     p, like = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     ours = OPTIMIZERS["sgd"](torch.nn.ParameterList([p]), Recipe(weight_decay=0.1))  # type: ignore
     theirs = torch.optim.SGD([like], lr=0.1, momentum=0.9, nesterov=True)
@@ -230,6 +238,7 @@ def test_sgd_keeps_momentum_and_weights_where_it_is_told_to(fused: bool) -> None
 
 
 def test_tensors_that_share_memory_stay_the_same_objects() -> None:
+    """BatchNorm would keep the statistics of a skipped step, or lose those of a good one."""
     network = torch.nn.BatchNorm2d(3)
     tensors = list(network.buffers())
     rows = joined(network.buffers())
@@ -249,6 +258,7 @@ def test_tensors_that_share_memory_stay_the_same_objects() -> None:
 def test_without_a_finite_gradient_at_any_loss_scale_a_training_ends(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An fp16 run without any finite gradient would run to its end and learn nothing."""
     one = Trained(RECIPE.model_copy(update={"precision": "fp16"}), data)
     runtime = one.training.runtime
     runtime.load_scaler_state(runtime.scaler_state() | {"scale": 4.0})
@@ -266,7 +276,9 @@ EXPLODES = ["--model", "gap", "--dataset", "synthetic", "--batch-size", "16", "-
 ROLLS_BACK = ["--nonfinite", "rollback", "--rollback-lr-factor", "1e-32"]  # to a rate of 0.01
 
 
+@pytest.mark.slow
 def test_a_test_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    """A diverged run would write a result.json, and its NaN loss would count as a result."""
     runs = Runs(tmp_path, tmp_path)
     said = runs.run("r", *EXPLODES, "--max-steps", "1", expect=2)
     assert "error: the test loss is not finite after step 1: lower --lr" in said
@@ -278,7 +290,9 @@ def test_a_test_loss_that_is_not_finite_is_no_result(tmp_path: Path) -> None:
     assert math.isfinite(runs.result("back")["test_loss"])
 
 
+@pytest.mark.slow
 def test_a_rollback_passes_over_a_checkpoint_with_spoilt_weights(tmp_path: Path) -> None:
+    """A rollback would return to diverged weights until its three tries are used up."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     runs = Runs(tmp_path, tmp_path)
@@ -301,7 +315,9 @@ def test_a_rollback_passes_over_a_checkpoint_with_spoilt_weights(tmp_path: Path)
     assert events.Tags()["images"] == ["samples"]
 
 
+@pytest.mark.slow
 def test_a_stop_after_a_rollback_behind_the_start_is_saved(tmp_path: Path) -> None:
+    """A run stopped after a rollback to before its start would lose the steps since."""
     runs, flags = Runs(tmp_path, tmp_path), [*EXPLODES, "--max-steps", "6", *ROLLS_BACK]
     for call in (1, 4):  # steps 2, 3 and 4 have no finite loss, then it is the first one's turn
         command = stopped_in("lr_at", tmp_path / "r/STOP", call)
@@ -311,7 +327,9 @@ def test_a_stop_after_a_rollback_behind_the_start_is_saved(tmp_path: Path) -> No
     assert "resuming after step 1" in runs.run("r", *flags)
 
 
+@pytest.mark.slow
 def test_a_rollback_on_a_full_disk_stops_the_run_unsaved(tmp_path: Path) -> None:
+    """On a full disk, a rollback would end in a traceback or in a run that can't be resumed."""
     code = (
         "import errno, os, distcv.run_folder as run_folder, distcv.train as train\n"
         "cut = run_folder.RunFolder.cut_metrics\n"
@@ -337,6 +355,7 @@ def saved(folder: Path, progress: Progress, growth: int | None = None) -> Path:
 
 
 def test_the_place_to_go_back_to_is_one_from_which_a_step_went_well(tmp_path: Path) -> None:
+    """A rollback would pick a checkpoint that diverges again, or rename the only usable one."""
     said = list[str]()
     for step in (0, 4, 8):
         saved(tmp_path, Progress(step=step))
@@ -355,11 +374,13 @@ def test_the_place_to_go_back_to_is_one_from_which_a_step_went_well(tmp_path: Pa
 
 
 def test_of_fp16_none_amid_overflows_is_gone_back_to(tmp_path: Path) -> None:
+    """With fp16, a rollback would pick a checkpoint saved amid overflows and diverge again."""
     for step, growth in ((0, 0), (4, 4), (6, 0), (8, 0)):
         saved(tmp_path, Progress(step=step), growth)
     assert place_before(tmp_path, Progress(step=11), print) == tmp_path / "step-00000004"
 
 
 def test_a_rollback_factor_above_one_is_refused() -> None:
+    """A typo in --rollback-lr-factor would raise the learning rate after each divergence."""
     with pytest.raises((InputError, ValueError), match="rollback_lr_factor"):
         Recipe(rollback_lr_factor=1.5)

@@ -30,6 +30,7 @@ def torch_rates(make: object, total: int = 60, per_epoch: int = 6) -> list[float
 
 
 def test_step_and_multistep_are_torch_s() -> None:
+    """A `step` or `multistep` recipe ported from PyTorch would use other learning rates."""
     schedulers = torch.optim.lr_scheduler
     assert rates(schedule="step", lr_step_epochs=3, lr_gamma=0.1) == pytest.approx(
         torch_rates(lambda o: schedulers.StepLR(o, 3, 0.1))
@@ -40,12 +41,14 @@ def test_step_and_multistep_are_torch_s() -> None:
 
 
 def test_cosine_is_torch_s() -> None:
+    """A `cosine` recipe ported from PyTorch would use other learning rates."""
     schedulers = torch.optim.lr_scheduler
     expected = torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 60, eta_min=0.05), per_epoch=1)
     assert rates(schedule="cosine", final_lr_factor=0.1) == pytest.approx(expected)
 
 
 def test_onecycle_is_a_triangle() -> None:
+    """A `onecycle` run would not peak at --lr after its warm-up, or not end near zero."""
     lr = rates(schedule="onecycle", warmup=0.2, initial_lr_factor=0.1)
     assert lr[0] > 0.05 and max(lr) == lr[12] == 0.5
     rises, falls = lr[:13], lr[12:]
@@ -56,12 +59,14 @@ def test_onecycle_is_a_triangle() -> None:
 
 
 def test_constant_and_warmup_never_give_zero() -> None:
+    """A constant rate would drift, or a step of the warm-up would learn nothing at a rate of 0."""
     assert set(rates(schedule="constant")) == {0.5}
     assert min(rates(schedule="constant", warmup=1.0)) > 0
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_each_optimizer_learns(name: str) -> None:
+    """`--optimizer sgd`, `adamw` or `muon` would run without lowering the loss."""
     torch.manual_seed(0)
     recipe = Recipe(optimizer=name, lr=0.02, weight_decay=1e-3)  # type: ignore[arg-type]
     model = build_model("gap", channels=1, classes=10)
@@ -81,6 +86,7 @@ def test_each_optimizer_learns(name: str) -> None:
 def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format(
     precision: Literal["fp32", "bf16"],
 ) -> None:
+    """`--optimizer muon` would not be PyTorch's Muon, or would depend on the memory format."""
     recipe = Recipe(optimizer="muon", lr=0.02, weight_decay=1e-2, precision=precision)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -111,6 +117,7 @@ def test_muon_updates_hidden_weights_as_torch_s_does_and_in_any_memory_format(
 def test_orthogonal_keeps_singular_vectors_and_evens_the_values(
     shape: tuple[int, int], dtype: torch.dtype, tolerance: float
 ) -> None:
+    """Muon's updates would leave the gradient's directions, or follow only its largest ones."""
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(1, 5, min(shape))
@@ -119,10 +126,12 @@ def test_orthogonal_keeps_singular_vectors_and_evens_the_values(
     assert float((made - made.diagonal().diag()).abs().max()) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_muon_updates_matrices_together_as_one_by_one(
     memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a GPU, which takes matrices in batches, Muon would make other updates than on a CPU."""
     made: dict[bool, list[torch.Tensor]] = {}
     for together in (False, True):
         monkeypatch.setattr(optim, "_joinable", lambda _, answer=together: answer)
@@ -139,6 +148,7 @@ def test_muon_updates_matrices_together_as_one_by_one(
 
 
 def test_matrices_of_the_same_shorter_side_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon would be slow on a GPU, since it would take the weights one by one."""
     batches = []
 
     def as_it_is(batch: torch.Tensor) -> torch.Tensor:
@@ -157,6 +167,7 @@ def _hidden(model: nn.Module) -> str:
 
 
 def test_muon_s_state_is_loaded_onto_the_device_of_the_weights() -> None:
+    """A Muon run resumed on a GPU would fail, since its optimizer state would be on the CPU."""
     recipe, network = Recipe(optimizer="muon"), build_model("tiny_v3", channels=1, classes=10)
     optimizer = OPTIMIZERS["muon"](network, recipe)
     for p in network.parameters():
@@ -170,6 +181,7 @@ def test_muon_s_state_is_loaded_onto_the_device_of_the_weights() -> None:
 
 
 def test_weight_decay_spares_vectors_unless_asked() -> None:
+    """Weight decay would shrink biases and BatchNorm's weights, or the flag for it do nothing."""
     model = build_model("resnet18", channels=3, classes=10)
     decayed, spared = parameter_groups(model, Recipe(weight_decay=0.1))
     assert {p.ndim for p in spared["params"]} == {1} and spared["weight_decay"] == 0
@@ -179,6 +191,7 @@ def test_weight_decay_spares_vectors_unless_asked() -> None:
 
 
 def test_moving_average_follows_the_weights_and_swaps_back() -> None:
+    """With --ema-decay, wrong weights would be evaluated, or training go on from the average."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     live = dict(model.named_parameters()) | {"1.running_mean": model[1].running_mean}
     average = MovingAverage({name: tensor.detach() for name, tensor in live.items()}, decay=0.5)

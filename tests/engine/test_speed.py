@@ -27,7 +27,7 @@ from distcv.training import Progress, Training, build, load_data
 from support.runs import ONE_THREAD
 from support.trajectory import NeverStop
 
-FIRST, STEPS = 3, 8  # steps 1 and 2 look for a stop request; those counted are 4 to 8, then a log
+FIRST, STEPS = 3, 5  # steps 1 and 2 look for a stop request; 4 and 5 are counted, then comes a log
 aten = torch.ops.aten
 
 # Operators for which the host has to know what a GPU has computed.
@@ -151,10 +151,12 @@ CASES = {name: load_recipe(name) for name in recipe_names()} | {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_between_log_points_reads_from_the_device(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Steps would wait for the GPU, which would then idle, and every training would be slower."""
     monkeypatch.setattr(optim, "_joinable", lambda _: True)  # as on a GPU
     recipe = CASES[case].model_copy(update={"dataset": "synthetic", "batch_size": 4})
     assert waits(training_of(recipe)) == []
@@ -163,6 +165,7 @@ def test_no_step_between_log_points_reads_from_the_device(
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA itself says it where there is one")
 def test_cuda_sees_no_wait_between_log_points(case: str) -> None:
+    """A wait that only CUDA itself can see would slow down every training on a GPU."""
     recipe = CASES[case].model_copy(update={"dataset": "synthetic", "batch_size": 64})
     debug = torch.cuda.set_sync_debug_mode
     try:
@@ -195,6 +198,7 @@ def gap() -> Training:
 def test_a_wait_that_is_put_into_the_loop_is_seen(
     name: str, wait: Callable[[Tensor], object], gap: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The check for waits would miss one, and users would get a slower training loop."""
     augment = gap.augment
 
     def waiting(batch: Any, epoch: int) -> tuple[Tensor, Tensor]:
@@ -209,8 +213,10 @@ def test_a_wait_that_is_put_into_the_loop_is_seen(
 HEAVY = {"torch", "torchvision", "accelerate", "deepspeed", "wandb", "numpy", "PIL", "matplotlib"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", ["train", "bench"])
 def test_help_comes_soon_and_loads_nothing_heavy(command: str) -> None:
+    """`--help` would take seconds, since torch or another large package would be imported first."""
     code = (
         f"import atexit, sys; from distcv.{command} import command; sys.argv[1:] = ['--help']\n"
         f"atexit.register(lambda: print({HEAVY} & set(sys.modules), file=sys.stderr)); command()"
@@ -225,9 +231,12 @@ def test_help_comes_soon_and_loads_nothing_heavy(command: str) -> None:
     assert min(seconds) < 1.6, "0.8 s is what it should take; twice that on a busy machine"
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_the_first_step_comes_within_eight_seconds(
     tmp_path: Path, data_dir: Path, mnist: object
 ) -> None:
+    """A user would wait for more than eight seconds before the first step of a small network."""
     out = tmp_path / "figures.json"
     flags = ["--model", "gap", "--only-own", "--seconds", "0.1", "--repeats", "1"]
     folders = ["--json", str(out), "--data-dir", str(data_dir.resolve())]

@@ -11,6 +11,8 @@ from distcv.trained import open_run
 from distcv.training import load_data
 from support.runs import Runs
 
+pytestmark = pytest.mark.slow  # its runs take some seconds
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
@@ -23,6 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_it_predicts_what_was_evaluated(runs: Runs) -> None:
+    """`predict` and `export` would use other weights than those that result.json describes."""
     result = runs.result("r")
     opened = open_run(runs.folder / "r")
     data = load_data(opened.recipe, runs.folder / "data", print)
@@ -41,6 +44,7 @@ def test_it_predicts_what_was_evaluated(runs: Runs) -> None:
 
 
 def test_the_best_one_is_found(runs: Runs) -> None:
+    """A user who asks for the best checkpoint with `--which best` would get the last one."""
     folder = runs.folder / "r/checkpoints"
     first, last = checkpoint.steps(folder)
     held = checkpoint.load(folder / f"step-{last:08d}")
@@ -54,6 +58,7 @@ def test_the_best_one_is_found(runs: Runs) -> None:
 
 
 def test_a_damaged_checkpoint_is_passed_by(runs: Runs) -> None:
+    """`predict` and `export` would fail on, or use, a damaged checkpoint beside a good one."""
     folder = runs.folder / "r/checkpoints"
     first, last = (f"step-{step:08d}" for step in checkpoint.steps(folder))
     assert open_run(runs.folder / "r").checkpoint.name == last
@@ -69,6 +74,7 @@ def test_a_damaged_checkpoint_is_passed_by(runs: Runs) -> None:
 def test_a_checkpoint_that_is_whole_and_of_no_training_is_refused(
     runs: Runs, tmp_path: Path
 ) -> None:
+    """A checkpoint of another network or version would end `predict` in a traceback."""
     held = checkpoint.load(runs.folder / "r/checkpoints/step-00000080")
     (tmp_path / "config.yaml").write_bytes((runs.folder / "r/config.yaml").read_bytes())
     for tensors, state in (
@@ -87,6 +93,7 @@ def test_a_checkpoint_that_is_whole_and_of_no_training_is_refused(
 
 
 def test_what_is_no_run_is_refused_in_one_line(runs: Runs, tmp_path: Path) -> None:
+    """A mistyped or unfinished run folder would end `predict` and `export` in a traceback."""
     with pytest.raises(InputError, match=r"no run in .*nowhere"):
         open_run(tmp_path / "nowhere")
     empty = tmp_path / "empty"

@@ -55,13 +55,28 @@ def target(folder: Path, name: str, *options: str) -> subprocess.CompletedProces
     )
 
 
-def fuzz(folder: Path, name: str, runs: int, seconds: int) -> Outcome:
-    """Fuzz one reader."""
-    ran = target(
-        folder, name, f"-runs={runs}", f"-max_total_time={seconds}", "-max_len=8192", "-seed=1",
-        f"-rss_limit_mb={PROGRAM.get(name, 100) + MEMORY}", f"-timeout={TIMEOUT}",
-        "-print_final_stats=1", f"-artifact_prefix={folder / name}/",
-    )  # fmt: skip
+def read_all(
+    place: Place, inputs: dict[str, dict[str, bytes]]
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Let each reader read its bombs, then what a fuzzer makes; how its process ended."""
+    runs, seconds = place.many(200_000, 100_000), place.many(60, 1)
+    for name, seeds in corpus(place.folder / "made").items():
+        write(place.folder / name / "corpus", {str(i): seed for i, seed in enumerate(seeds)})
+        write(place.folder / name / "bombs", inputs.get(name, {}))
+
+    def read(name: str) -> subprocess.CompletedProcess[str]:
+        return target(
+            place.folder, name, f"-runs={runs}", f"-max_total_time={seconds}", "-max_len=8192",
+            "-seed=1", f"-rss_limit_mb={PROGRAM.get(name, 100) + MEMORY}", f"-timeout={TIMEOUT}",
+            "-print_final_stats=1", f"-artifact_prefix={place.folder / name}/",
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(READERS, pool.map(read, READERS), strict=True))
+
+
+def fuzzed(name: str, ran: subprocess.CompletedProcess[str]) -> Outcome:
+    """Inputs made by a fuzzer: each is read, or refused by the error that is documented."""
     found = re.search(r"stat::number_of_executed_units: (\d+)", ran.stderr)
     executed = int(found[1]) if found else 0
     coverage = re.findall(r"cov: (\d+)", ran.stderr)
@@ -78,31 +93,15 @@ def fuzz(folder: Path, name: str, runs: int, seconds: int) -> Outcome:
     return Outcome(fault, executed, survived, "nothing", figures, failures)
 
 
-def fuzzed(place: Place) -> list[Outcome]:
-    """Inputs made by a fuzzer: each is read, or refused by the error that is documented."""
-    for name, seeds in corpus(place.folder / "made").items():
-        write(place.folder / name / "corpus", {str(i): seed for i, seed in enumerate(seeds)})
-    runs, seconds = place.many(200_000, 100_000), place.many(60, 1)
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda name: fuzz(place.folder, name, runs, seconds), READERS))
-
-
-def huge(place: Place) -> list[Outcome]:
+def huge(
+    inputs: dict[str, dict[str, bytes]], ends: dict[str, subprocess.CompletedProcess[str]]
+) -> Outcome:
     """Inputs of a few bytes that claim, or unfold to, gigabytes."""
-    folder = place.folder / "bombs"
-    seeds, inputs = corpus(folder / "made"), bombs(place.whole)
-
-    def explode(name: str) -> subprocess.CompletedProcess[str]:
-        write(folder / name / "corpus", {str(i): seed for i, seed in enumerate(seeds[name])})
-        write(folder / name / "bombs", inputs[name])
-        return target(folder, name, "bombs")
-
-    with ThreadPoolExecutor(2) as pool:
-        ends = dict(zip(inputs, pool.map(explode, inputs), strict=True))
     failures, most, slowest, tried = [], 0, 0.0, 0
-    for name, ran in ends.items():
+    for name, of_reader in inputs.items():
+        ran = ends[name]
         told = dict(re.findall(r"^(.+): (\d+ \d+ [\d.]+)$", ran.stdout, re.MULTILINE))
-        for bomb in inputs[name]:
+        for bomb in of_reader:
             tried += 1
             code, mebibytes, seconds = told.get(bomb, f"{ran.returncode or 1} 0 0").split()
             most, slowest = max(most, int(mebibytes)), max(slowest, float(seconds))
@@ -111,7 +110,7 @@ def huge(place: Place) -> list[Outcome]:
                 failures.append(f"{name}, {bomb}: {what}: {ran.stderr[-300:]}")
     figures = {"MiB taken at most": most, "processor's seconds at most": slowest}
     survived = tried - len(failures)
-    return [Outcome("an input that unfolds", tried, survived, "nothing", figures, failures)]
+    return Outcome("an input that unfolds", tried, survived, "nothing", figures, failures)
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
@@ -122,4 +121,6 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 def run(place: Place) -> list[Outcome]:
     """Typed errors, bounded memory, no crash, no hang."""
-    return [*huge(place), *fuzzed(place)]
+    inputs = bombs(place.whole)
+    ends = read_all(place, inputs)
+    return [huge(inputs, ends), *(fuzzed(name, ran) for name, ran in ends.items())]

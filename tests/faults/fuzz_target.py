@@ -1,9 +1,9 @@
 """One reader, fuzzed by atheris: ``python -m faults.fuzz_target TARGET FOLDER [OPTION …]``.
 
 FOLDER is for scratch files and holds the first inputs in ``corpus``; the options are libFuzzer's.
-A reader may return, or raise what it documents; anything else ends the process. The option
-``bombs`` tries the inputs in ``bombs`` instead, each in a fork, and prints of each its exit code,
-the memory that it took in MiB, and seconds of the processor.
+A reader may return, or raise what it documents; anything else ends the process. Before, it tries
+the inputs in ``bombs``, each in a fork, and prints of each its exit code, the memory that it took
+in MiB, and seconds of the processor.
 """
 
 import contextlib
@@ -204,10 +204,8 @@ def main() -> None:
         with contextlib.suppress(InputError):
             read(data)
 
-    if options == ["bombs"]:
-        for bomb in sorted((scratch / "bombs").iterdir()):
-            print(f"{bomb.name}: {explode(once, bomb.read_bytes())}", flush=True)
-        return
+    for bomb in sorted((scratch / "bombs").iterdir()):
+        print(f"{bomb.name}: {explode(once, bomb.read_bytes())}", flush=True)
     atheris.Setup([sys.argv[0], *options, str(scratch / "corpus")], once)
     atheris.Fuzz()
 

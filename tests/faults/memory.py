@@ -54,12 +54,13 @@ def note_held(file: Path) -> None:
 
 def run(place: Place) -> list[Outcome]:
     epochs, file = place.many(60, 6), place.folder / "held"
+    faults = {"held": str(file), "train": place.many(10_000, 4_000)}
     with nursery(place.folder / "logs") as nurse:
         nurse.run([
-            *TINY, "--dataset", "synthetic", "--epochs", str(epochs),
+            *TINY, "--epochs", str(epochs),
             "--ema-decay", "0.9", "--dropout", "0.1", "--checkpoint-every", "20", "--name", "held",
             "--runs-dir", str(place.folder / "runs"), "--data-dir", str(place.data_dir),
-        ], seconds=3600, faults={"held": str(file)})  # fmt: skip
+        ], seconds=3600, faults=faults)  # fmt: skip
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == epochs
     return [_outcome(name, [row[name] for row in rows]) for name in BOUNDS]

@@ -21,7 +21,7 @@ class Small:
 
     def flags(self, name: str) -> list[str]:
         return [
-            *TINY, "--dataset", "synthetic", "--batch-size", str(BATCH),
+            *TINY, "--batch-size", str(BATCH),
             "--dropout", "0.1", "--ema-decay", "0.9", "--max-steps", str(self.steps),
             "--log-every", "1", "--checkpoint-every", "10", "--hang-timeout", str(HANG_TIMEOUT),
             "--name", name, "--runs-dir", str(self.place.folder / "runs"),

@@ -11,7 +11,6 @@ from collections import Counter
 import psutil
 
 from faults.core import (
-    TINY,
     Child,
     Nursery,
     Outcome,
@@ -41,7 +40,8 @@ class Soak:
     def flags(self, name: str) -> list[str]:
         steps = self.place.many(702, 60)
         return [
-            *TINY, "--dropout", "0.1", "--ema-decay", "0.99", "--translate", "1",
+            "--recipe", "gap", "--model", "tiny_v3",
+            "--dropout", "0.1", "--ema-decay", "0.99", "--translate", "1",
             "--max-steps", str(steps), "--log-every", "10", "--checkpoint-every", "20",
             "--hang-timeout", "20", "--name", name, "--runs-dir", str(self.place.folder / "runs"),
             "--data-dir", str(self.place.data_dir),

@@ -13,6 +13,7 @@ The variable FAULTS holds a JSON object; each key is a hook:
 - ``still``: a phase, at the first start of which the process stops until it gets a SIGCONT.
 - ``saves``: a run folder; instead of a training, step 30 is saved there twice.
 - ``held``: file; gets a row at the start of each epoch: what the process holds, see ``memory.py``.
+- ``train``: so many training samples instead of all that the synthetic set has.
 - ``tracked``: file; gets a line for each row: the seconds for which the trackers held up the
   training.
 """
@@ -24,6 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ def main(flags: list[str]) -> None:
     import distcv.runtime
     import distcv.train
     from distcv.command import run_command
+    from distcv.data import DATASETS
 
     rank = int(os.environ.get("RANK", "0"))
     held: set[str] = set()
@@ -70,6 +73,9 @@ def main(flags: list[str]) -> None:
         spoil(rank, **faults["spoil"])
     if "without" in faults:
         without(**faults["without"])
+    if "train" in faults:
+        own = replace(DATASETS["synthetic"], train=faults["train"])
+        DATASETS["synthetic"] = own
     if "tracked" in faults:
         time_trackers(Path(faults["tracked"]))
     if "host" in faults:
@@ -148,14 +154,15 @@ def saves(run: Path) -> None:
 def time_trackers(file: Path) -> None:
     """Write down how long each row takes the training."""
     from distcv.tracking import Trackers
+    from support.clock import unhindered_seconds
 
     log = Trackers.log
 
     def timed(self: Any, row: dict[str, Any]) -> None:
-        began = time.perf_counter()
+        began = unhindered_seconds()
         log(self, row)
         with file.open("a") as lines:
-            lines.write(f"{time.perf_counter() - began}\n")
+            lines.write(f"{unhindered_seconds() - began}\n")
 
     Trackers.log = timed  # type: ignore[method-assign]
 

@@ -15,8 +15,10 @@ from distcv.training import Progress, build
 from support.trajectory import NeverStop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_trains(name: str, data_dir: Path, mnist: object, cifar10: object) -> None:
+    """A recipe of distcv would fail in its first steps, or leave some weights untrained."""
     shipped = load_recipe(name)
     recipe = shipped.model_copy(update={"max_steps": 2, "batch_size": 16})
     training = build(recipe, load_dataset(recipe.dataset, data_dir), Runtime(recipe))

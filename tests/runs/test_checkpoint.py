@@ -31,6 +31,7 @@ def complaints() -> tuple[list[str], object]:
 
 
 def test_round_trip(tmp_path: Path) -> None:
+    """A resumed run would get other weights, optimizer state or progress than were saved."""
     checkpoint.save(tmp_path, 3, example())
     said, report = complaints()
     found = checkpoint.newest(tmp_path, report)  # type: ignore[arg-type]
@@ -48,6 +49,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_optimizer_state_goes_round_under_plain_names(
     name: str, memory_format: torch.memory_format, tmp_path: Path
 ) -> None:
+    """A resumed run would take other steps, since its optimizer state would be lost or mixed up."""
     recipe = Recipe(optimizer=name, lr=0.01)  # type: ignore[arg-type]
 
     def built() -> tuple[torch.nn.Module, torch.optim.Optimizer, WholeCopies]:
@@ -122,6 +124,7 @@ DAMAGE = {
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
     damage: str, tmp_path: Path
 ) -> None:
+    """A damaged checkpoint would be loaded, be deleted, or block the resume from the one before."""
     checkpoint.save(tmp_path, 10, example(1.0))
     checkpoint.save(tmp_path, 20, example(2.0))
     DAMAGE[damage](tmp_path / "step-00000020")
@@ -134,6 +137,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_taken(
 
 
 def test_junk_is_ignored_and_nothing_found_is_none(tmp_path: Path) -> None:
+    """A stray folder would block a resume, or unfinished checkpoints would fill the disk."""
     said, report = complaints()
     assert checkpoint.newest(tmp_path / "not there", report) is None  # type: ignore[arg-type]
     (tmp_path / "step-x").mkdir()
@@ -147,6 +151,7 @@ def test_junk_is_ignored_and_nothing_found_is_none(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After a failed save, half a checkpoint would take up room on a disk that is full already."""
     checkpoint.save(tmp_path, 1, example())
 
     def full(*_: object) -> None:
@@ -159,6 +164,7 @@ def test_a_failed_write_leaves_nothing_behind(
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    """A step that is saved again would keep its old weights, or take the room of two."""
     checkpoint.save(tmp_path, 1, example(1.0))
     path = checkpoint.save(tmp_path, 1, example(2.0))
     assert float(checkpoint.load(path).tensors["model"]["w"][0, 0]) == 2.0
@@ -171,6 +177,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_one_that_was_being_replaced_counts_until_there_is_another(
     damaged: bool, tmp_path: Path
 ) -> None:
+    """A kill while a checkpoint is being replaced would cost the user that checkpoint."""
     checkpoint.save(tmp_path, 1, example(1.0))
     path = checkpoint.save(tmp_path, 2, example(2.0))
     path.rename(tmp_path / "replaced-step-00000002")  # and the process was killed
@@ -183,6 +190,7 @@ def test_one_that_was_being_replaced_counts_until_there_is_another(
 
 
 def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
+    """Old checkpoints would fill the disk, or the best one and those of --keep-every be deleted."""
     for step in (1, 2, 3, 4, 5):
         checkpoint.save(tmp_path, step, example())
     (tmp_path / ".step-00000006.99").mkdir()
@@ -193,13 +201,17 @@ def test_retention_keeps_the_newest_and_those_named(tmp_path: Path) -> None:
 
 
 def test_tensors_in_any_memory_format(tmp_path: Path) -> None:
+    """A network in channels_last could not be saved, or would come back permuted."""
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     path = checkpoint.save(tmp_path, 1, Checkpoint({"model": {"w": weight}}, {}))
     assert torch.equal(checkpoint.load(path).tensors["model"]["w"], weight)
 
 
 def test_no_code_is_executed(tmp_path: Path) -> None:
-    """A pickle where a safetensors file should be is refused even with a matching manifest."""
+    """A checkpoint from someone else could execute code on the user's machine.
+
+    A pickle where a safetensors file should be is refused even with a matching manifest.
+    """
     path = checkpoint.save(tmp_path, 1, example())
     torch.save({"w": torch.ones(1)}, path / "model.safetensors")
     shutil.copy(path / "MANIFEST.json", tmp_path / "old.json")
@@ -214,6 +226,7 @@ def test_no_code_is_executed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["3", "{", "[]", "[" * 10**6])
 def test_a_state_that_is_none_is_refused_in_one_line(state: str, tmp_path: Path) -> None:
+    """A broken state.json would end in a traceback that names neither the file nor a remedy."""
     path = checkpoint.save(tmp_path, 1, example())
     (path / "state.json").write_text(state)
     with pytest.raises(InputError, match=r"state\.json: not a JSON object: move"):
@@ -224,6 +237,7 @@ def test_a_state_that_is_none_is_refused_in_one_line(state: str, tmp_path: Path)
     "progress", [None, 3, {"step": "x"}, {"step": 0.5}, {"step": 3, "more": 1}]
 )
 def test_progress_of_another_form_is_refused_in_one_line(progress: object) -> None:
+    """A checkpoint of another version would end in a traceback or resume at a wrong step."""
     with pytest.raises(InputError, match=r"state\.json of another version: ") as refused:
         read_progress({"progress": progress})
     assert "\n" not in str(refused.value)

@@ -89,6 +89,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("second", ["a", "b"])
 def test_a_living_holder_is_named(second: str, host: Callable[[str], Host], tmp_path: Path) -> None:
+    """Two runs would write to one folder, or a user would not learn which process holds it."""
     held = host("a").take()
     newcomer = host(second)
     for _ in range(2):
@@ -107,6 +108,7 @@ def test_a_living_holder_is_named(second: str, host: Callable[[str], Host], tmp_
 def test_a_dead_holder_on_another_host_is_recognised_whatever_the_clocks_say(
     skew: int, host: Callable[[str], Host], tmp_path: Path
 ) -> None:
+    """After a node dies, its run could not continue on another node whose clock differs."""
     die(host("a").take())
     os.utime(tmp_path / "lease.json", (time.time() + skew,) * 2)
     newcomer = host("b")
@@ -116,6 +118,7 @@ def test_a_dead_holder_on_another_host_is_recognised_whatever_the_clocks_say(
 
 
 def test_a_dead_holder_on_this_host_is_followed_at_once(host: Callable[[str], Host]) -> None:
+    """A user who restarts a killed run on the same host would have to wait for 20 seconds."""
     die(host("a").take())  # its number is in use again: by this process
     newcomer = host("a")
     newcomer.take()
@@ -123,6 +126,7 @@ def test_a_dead_holder_on_this_host_is_followed_at_once(host: Callable[[str], Ho
 
 
 def test_another_boot_of_this_host_is_another_host(host: Callable[[str], Host]) -> None:
+    """A machine with the same host name would take over a run that is still training."""
     old = host("a").lease()
     old.here["boot"] = "before"
     old.take(0, print)
@@ -133,6 +137,7 @@ def test_another_boot_of_this_host_is_another_host(host: Callable[[str], Host]) 
 
 
 def test_a_holder_may_let_go_while_another_waits(host: Callable[[str], Host]) -> None:
+    """A requeued job would be refused, since the job before it takes a moment to end."""
     held = host("a").take()
     threading.Timer(6 * BEAT, held.release).start()
     newcomer = host("b")
@@ -143,6 +148,7 @@ def test_a_holder_may_let_go_while_another_waits(host: Callable[[str], Host]) ->
 def test_a_holder_that_stood_still_finds_out_and_spoils_nothing(
     host: Callable[[str], Host], tmp_path: Path
 ) -> None:
+    """A suspended process that wakes up would write to a run that another host has taken over."""
     frozen = host("a")
     die(held := frozen.take())
     held.check()
@@ -162,6 +168,7 @@ def test_a_holder_that_stood_still_finds_out_and_spoils_nothing(
 def test_a_damaged_lease_is_watched_like_any_other(
     text: str, host: Callable[[str], Host], tmp_path: Path
 ) -> None:
+    """A damaged lease.json would lock the user out of the run, or let two processes share it."""
     (tmp_path / "lease.json").write_text(text)
     newcomer = host("a")
     assert seconds(newcomer.take) > STILL
@@ -176,6 +183,7 @@ def test_a_damaged_lease_is_watched_like_any_other(
 def test_a_holder_whose_lease_is_gone_finds_out(
     host: Callable[[str], Host], tmp_path: Path
 ) -> None:
+    """A process whose run was taken over and ended meanwhile would still write to its folder."""
     robbed = host("a")
     held = robbed.take()
     (tmp_path / "lease.json").unlink()  # by another that took over and has ended since
@@ -189,6 +197,7 @@ def test_a_holder_whose_lease_is_gone_finds_out(
 def test_a_beat_that_cannot_be_written_ends_nothing(
     host: Callable[[str], Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A disk that is full for a moment would end a training that could have gone on."""
     one = host("a")
     held = one.take()
 
@@ -208,6 +217,8 @@ def test_a_beat_that_cannot_be_written_ends_nothing(
 def test_without_locks_the_lease_decides(
     number: int, host: Callable[[str], Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a file system without locks, two processes would train in the same run folder."""
+
     def refuse(*args: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -221,10 +232,12 @@ def test_without_locks_the_lease_decides(
     assert len(newcomer.said) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True])
 def test_of_many_that_come_at_once_one_gets_it(
     dead: bool, host: Callable[[str], Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of several jobs that start the same run at once, two would train in its folder, or none."""
     monkeypatch.setattr(lease, "BEAT_SECONDS", 5 * BEAT)  # also where a look takes that long
     for _ in range(2):
         if dead:
@@ -249,6 +262,7 @@ def test_of_many_that_come_at_once_one_gets_it(
 
 
 def test_this_process_is_on_this_host(tmp_path: Path) -> None:
+    """The message about a run in use would name a wrong host."""
     own = Lease(tmp_path)
     assert own.here["host"] == socket.gethostname()
     assert own.here["boot"] or not lease.BOOT_ID.exists()

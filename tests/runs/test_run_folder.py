@@ -22,6 +22,7 @@ def opened(path: Path, said: list[str] | None = None) -> RunFolder:
 
 
 def test_a_damaged_file_is_kept_aside_and_written_anew(tmp_path: Path) -> None:
+    """A damaged result.json or tracker.json would end the run in a traceback or be overwritten."""
     folder = opened(tmp_path)
     first = folder.tracker_id
     folder.write_result({"test_accuracy": 99, "epochs": 1})
@@ -40,6 +41,7 @@ def test_a_damaged_file_is_kept_aside_and_written_anew(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_of_starts_is_kept_aside(tmp_path: Path) -> None:
+    """A run with a damaged environment.json could not be resumed."""
     from distcv.command_line import RunOptions
 
     said: list[str] = []
@@ -57,6 +59,7 @@ def test_a_damaged_record_of_starts_is_kept_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"lr: [", b"\xff\x00", b"mordel: gap\n"])
 def test_a_damaged_recipe_is_refused(damage: bytes, tmp_path: Path) -> None:
+    """A damaged config.yaml would end in a traceback, or be replaced by another recipe."""
     opened(tmp_path).close()
     (tmp_path / "config.yaml").write_bytes(damage)
     with pytest.raises(InputError, match=r"config\.yaml: .*: remove it to go on") as refused:
@@ -67,6 +70,7 @@ def test_a_damaged_recipe_is_refused(damage: bytes, tmp_path: Path) -> None:
 def test_rows_wait_for_room_and_none_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """While the disk is full, rows of metrics.jsonl would be lost or cut in half."""
     folder = opened(tmp_path)
     folder.add_row(ROW)
     folder.metrics.rename(tmp_path / "away")
@@ -87,6 +91,7 @@ def test_rows_wait_for_room_and_none_is_cut(
 
 
 def test_a_resumed_run_drops_what_comes_again_and_what_was_cut(tmp_path: Path) -> None:
+    """After a resume, metrics.jsonl would hold steps twice, or lines that are not JSON."""
     folder = opened(tmp_path)
     lines = [json.dumps(ROW | {"step": step}) for step in (1, 5, 2)]
     folder.metrics.write_bytes(
@@ -100,6 +105,7 @@ def test_a_resumed_run_drops_what_comes_again_and_what_was_cut(tmp_path: Path) -
 
 
 def test_a_run_that_evaluates_again_drops_the_row_of_that_evaluation(tmp_path: Path) -> None:
+    """After a kill at an epoch's end, metrics.jsonl would hold that evaluation twice."""
     folder = opened(tmp_path)
     for step, event in ((2, "epoch"), (3, "train"), (3, "epoch")):
         folder.add_row(ROW | {"step": step, "event": event})
@@ -110,6 +116,7 @@ def test_a_run_that_evaluates_again_drops_the_row_of_that_evaluation(tmp_path: P
 
 
 def test_rows_that_wait_for_room_are_dropped_likewise(tmp_path: Path) -> None:
+    """After a rollback on a full disk, rows of undone steps would still enter metrics.jsonl."""
     folder = opened(tmp_path)
     folder.unwritten = b"".join(json.dumps(ROW | {"step": n}).encode() + b"\n" for n in (1, 3))
     folder.cut_metrics(1)
@@ -118,6 +125,7 @@ def test_rows_that_wait_for_room_are_dropped_likewise(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    """A wrong --runs-dir would end in a traceback instead of a line with the remedy."""
     (tmp_path / "file").write_text("")
     folder, runtime = RunFolder(tmp_path / "file" / "run"), Runtime(Recipe())
     with pytest.raises(InputError, match=r"file: File exists: .*choose") as refused:
@@ -128,6 +136,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) 
 def test_the_id_that_an_agent_of_wandb_gives_names_the_run_if_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Runs of a W&B sweep would not carry their W&B ids, or would write outside --runs-dir."""
     recipe, options = Recipe(model="gap"), RunOptions(runs_dir=tmp_path)
     monkeypatch.setenv("WANDB_RUN_ID", "1x7")
     assert choose_folder(recipe, options, Runtime(recipe)).path == tmp_path / "gap-1x7"

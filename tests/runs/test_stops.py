@@ -36,6 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_remembered(number: signal.Signals, handlers: None) -> None:
+    """Ctrl-C, SIGTERM or SIGUSR2 would not stop a run, or would end it unsaved."""
     stop = StopRequest()
     assert not stop.pending()
     signal.raise_signal(number)
@@ -43,6 +44,7 @@ def test_a_signal_is_remembered(number: signal.Signals, handlers: None) -> None:
 
 
 def test_a_second_interrupt_ends_the_program_but_not_while_it_saves(handlers: None) -> None:
+    """A second Ctrl-C would have no effect, or would interrupt a save."""
     stop = StopRequest()
     with stop.held():
         for _ in range(3):
@@ -55,6 +57,7 @@ def test_a_second_interrupt_ends_the_program_but_not_while_it_saves(handlers: No
 def test_under_a_launcher_the_same_interrupt_may_come_twice(
     handlers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C under a launcher, which can deliver it twice, would end the run unsaved."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     stop = StopRequest()
     signal.raise_signal(signal.SIGINT)
@@ -63,6 +66,7 @@ def test_under_a_launcher_the_same_interrupt_may_come_twice(
 
 
 def test_once_the_exit_code_is_settled_no_signal_changes_it(handlers: None, tmp_path: Path) -> None:
+    """A late signal would change exit code 75, and a batch script would not requeue the job."""
     stop = StopRequest()
     stop.watch(tmp_path)
     assert stop.answer(7) == STOPPED
@@ -72,6 +76,7 @@ def test_once_the_exit_code_is_settled_no_signal_changes_it(handlers: None, tmp_
 
 
 def test_each_request_is_answered_once(handlers: None, tmp_path: Path) -> None:
+    """One STOP file would stop the next start of the run as well, or a request would be lost."""
     for asked in ("while the run starts", "between a stop and the next start"):
         (tmp_path / "STOP").touch()
         stop = StopRequest()
@@ -85,6 +90,7 @@ def test_each_request_is_answered_once(handlers: None, tmp_path: Path) -> None:
 
 
 def test_a_stop_of_an_earlier_launch_does_not_end_this_one(handlers: None, tmp_path: Path) -> None:
+    """A stop of an earlier launch would keep today's launcher from restarting a failed run."""
     stop = StopRequest()
     stop.watch(tmp_path)
     stop.answer(7)
@@ -94,6 +100,7 @@ def test_a_stop_of_an_earlier_launch_does_not_end_this_one(handlers: None, tmp_p
 
 
 def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) -> None:
+    """A training whose launcher has died would go on unattended and keep its GPUs."""
     child = (
         "import pathlib, time; from distcv.preempt import StopRequest; stop = StopRequest()\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
@@ -109,7 +116,9 @@ def test_a_process_whose_launcher_is_gone_asks_itself_to_stop(tmp_path: Path) ->
     wait_until((tmp_path / "noticed").exists, 60, "notice of the end")
 
 
+@pytest.mark.slow
 def test_a_signal_while_torch_is_loaded_is_answered_before_step_1(runs: Runs) -> None:
+    """A stop request in the first seconds of a run would kill it without the exit code 75."""
     process = runs.start("early", *SHORT, command=TRAIN)
     proc = Path(f"/proc/{process.pid}")
     wait_until(lambda: caught(proc / "status") & 1 << signal.SIGTERM - 1, 60, "handler")
@@ -126,7 +135,9 @@ def caught(status: Path) -> int:
     return int(mask.split()[1], 16)
 
 
+@pytest.mark.slow
 def test_a_stop_before_step_1_of_a_resumed_run_leaves_its_checkpoint_alone(runs: Runs) -> None:
+    """A run stopped right after its resume would needlessly rewrite its only checkpoint."""
     process = runs.start("again", *SHORT)
     runs.wait_for_step("again", 10, process)
     process.terminate()

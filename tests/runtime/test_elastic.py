@@ -16,11 +16,11 @@ import pytest
 
 from distcv.config import InputError
 from distcv.runtime.launch import join
-from support.runs import ROOT, Process, Runs, launched, ranks, stopped_in
+from support.runs import ROOT, STRATEGY, Process, Runs, launched, ranks, stopped_in
 
 FLAGS = [
-    "--model", "gap", "--max-steps", "90", "--log-every", "5", "--checkpoint-every", "20",
-    "--dropout", "0.1", "--ema-decay", "0.9",
+    "--model", "gap", "--batch-size", "32", "--max-steps", "90", "--log-every", "5",
+    "--checkpoint-every", "20", "--dropout", "0.1", "--ema-decay", "0.9",
 ]  # fmt: skip
 
 
@@ -29,9 +29,9 @@ def launch(file: str, *options: str, processes: int = 2) -> list[str]:
     return [*launched(processes, *options, file=file), "-m", "distcv.train"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object) -> Iterator[Runs]:
-    runs = Runs(tmp_path_factory.mktemp("runs"), data_dir)
+@pytest.fixture
+def runs(tmp_path: Path, data_dir: Path, mnist: object) -> Iterator[Runs]:
+    runs = Runs(tmp_path / "runs", data_dir)
     yield runs
     runs.end()
 
@@ -46,9 +46,13 @@ def worker(launcher: Process, rank: int) -> psutil.Process:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["cpu", "zero3"])
 def test_a_killed_process_is_replaced_and_nothing_is_lost(file: str, runs: Runs) -> None:
-    """SIGKILL at a random step; the same weights in the end, bit for bit, with dropout on."""
+    """A run whose process is killed would not restart, or would reach other weights.
+
+    SIGKILL at a random step; the same weights in the end, bit for bit, with dropout on.
+    """
     name, step, rank = f"{file}-killed", random.randrange(25, 80), random.randrange(2)
-    runs.run(f"{file}-whole", *FLAGS, command=launch(file))
+    strategy = STRATEGY["ddp" if file == "cpu" else file]
+    runs.together(f"{file}-whole", 2, *FLAGS, **strategy)
     process = runs.start(name, *FLAGS, command=launch(file, "--max_restarts", "1"))
     runs.wait_for_step(name, step, process)
     worker(process, rank).kill()
@@ -65,6 +69,7 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(file: str, runs: Runs)
 
 @pytest.mark.slow
 def test_a_hanging_process_is_noticed_and_named(runs: Runs) -> None:
+    """A frozen process would block the run far beyond --hang-timeout, and no line would name it."""
     peer, victim = runs.group("hang", 2, *FLAGS, "--hang-timeout", "4")
     runs.wait_for_step("hang", 10, peer)
     victim.send_signal(signal.SIGSTOP)
@@ -82,18 +87,23 @@ def test_a_hanging_process_is_noticed_and_named(runs: Runs) -> None:
 def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_shape(
     runs: Runs,
 ) -> None:
-    """Two processes, stopped; then FSDP2 on three, stopped; then one process to the end."""
+    """A launcher would restart a stopped run, or the run could not change its strategy.
+
+    Two processes, stopped; then FSDP2 on three, stopped; then one process to the end.
+    """
     # As in the strategies' tests: a rate at which rounding isn't amplified.
     flags = ["--model", "lighter", "--optimizer", "adamw", "--lr", "0.00003", "--batch-size", "65",
              "--max-steps", "60", "--log-every", "1"]  # fmt: skip
-    runs.run("shape-whole", *flags)
-    shapes = (launch("cpu", "--max_restarts", "1"), launch("fsdp2", processes=3))
-    for command, step in zip(shapes, (12, 30), strict=True):
-        process = runs.start("shape", *flags, command=command)
-        runs.wait_for_step("shape", step, process)
+
+    def stop_at(step: int, processes: list[Process]) -> None:
+        runs.wait_for_step("shape", step, processes[0])
         (runs.folder / "shape/STOP").touch()
-        out, err = process.communicate(timeout=120)
-        assert out.count("stopped after step") == 1, out + err
+        said = "".join(text for one in processes for text in one.communicate(timeout=120))
+        assert said.count("stopped after step") == 1, said
+
+    runs.run("shape-whole", *flags)
+    stop_at(12, [runs.start("shape", *flags, command=launch("cpu", "--max_restarts", "1"))])
+    stop_at(30, runs.group("shape", 3, *flags, **STRATEGY["fsdp2"]))
     said = runs.run("shape", *flags)
     assert "processes 3 -> 1" in said and "strategy fsdp2 -> single" in said
     changed = [start.get("changed", {}) for start in runs.starts("shape")]
@@ -108,7 +118,10 @@ def test_a_stop_is_no_failure_to_restart_from_and_the_run_goes_on_in_another_sha
 
 @pytest.mark.slow
 def test_a_stop_is_seen_between_two_rows(runs: Runs) -> None:
-    """Processes agree on it every two seconds, however many steps there are from row to row."""
+    """With a large --log-every, a stop request would wait until the end of the epoch.
+
+    Processes agree on it every two seconds, however many steps there are from row to row.
+    """
     flags = ["--model", "gap", "--max-steps", "4000", "--log-every", "4000"]
     command = stopped_in("lr_at", runs.folder / "between/STOP", call=30)
     process, peer = runs.group("between", 2, *flags, command=command)
@@ -121,6 +134,7 @@ def test_a_stop_is_seen_between_two_rows(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_a_launcher_that_starts_fewer_processes_is_found_out(runs: Runs, tmp_path: Path) -> None:
+    """With MULTI_CPU in a launch file, a user who asked for two processes would train on one."""
     file = tmp_path / "mpi.yaml"
     text = (ROOT / "launch/cpu.yaml").read_text()
     file.write_text(text.replace("MULTI_GPU", "MULTI_CPU"))
@@ -131,10 +145,12 @@ def test_a_launcher_that_starts_fewer_processes_is_found_out(runs: Runs, tmp_pat
     assert "error: accelerate launch was asked for 2 processes and started 1" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", range(2))
 def test_a_process_that_never_comes_is_not_waited_for_without_end(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """If one node never starts, the others would wait for it without end and without a word."""
     for name, value in ranks(2)[rank].items():
         monkeypatch.setenv(name, value)
     began = time.monotonic()
@@ -166,6 +182,7 @@ REFUSED = [
 def test_what_can_t_work_is_refused_before_the_first_step(
     env: dict[str, str], flags: list[str], expected: str, runs: Runs
 ) -> None:
+    """An unsupported launch setting would be ignored or end in a traceback."""
     said = runs.run("refused", *FLAGS, *flags, expect=2, **env)
     assert said.count("\n") == 1 and expected in said
     assert not (runs.folder / "refused").exists()
@@ -173,13 +190,16 @@ def test_what_can_t_work_is_refused_before_the_first_step(
 
 @pytest.mark.slow
 def test_the_start_says_what_runs_where(runs: Runs) -> None:
+    """The first lines of a run would not show how it is split, nor advise --sync-bn."""
     said = runs.together("where", 2, *FLAGS[:2], "--max-steps", "2", "--batch-size", "65")
     assert "fp32, batch 65 (32 or 33 a process), 923 steps an epoch" in said
     assert "2 processes on 1 node, cpu, ddp, 1 thread each" in said
     assert "--sync-bn" in said
 
 
+@pytest.mark.slow
 def test_restarts_share_the_name_that_the_first_start_took() -> None:
+    """A run without --name would begin anew in another folder after each restart."""
     code = "from distcv.environment import launch_time; print(launch_time())"
     env = os.environ | {"TORCHELASTIC_RESTART_COUNT": "0"}
     taken = []

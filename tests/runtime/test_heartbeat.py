@@ -131,6 +131,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [1, 0])
 def test_a_frozen_process_is_named(frozen: int, worlds: Worlds) -> None:
+    """A frozen process would block the run, and no line would say on which host it is."""
     scenario = f"rank{frozen} freezes"
     words = worlds.last_words(scenario, 1 - frozen)
     process = worlds.process(f"{scenario} pid{frozen}")
@@ -143,6 +144,7 @@ def test_a_frozen_process_is_named(frozen: int, worlds: Worlds) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("act", ["freezes alone", "dies"])
 def test_a_rendezvous_that_is_gone_is_said(act: str, worlds: Worlds) -> None:
+    """If rank 0's node is lost, the other ranks would hang instead of ending with the reason."""
     words = worlds.last_words(f"rank0 {act}", 1)
     line = r"^error: the rendezvous \(rank 0's node\) can't be reached for [2-4] s$"
     assert re.search(line, words, re.MULTILINE), words
@@ -152,6 +154,7 @@ def test_a_rendezvous_that_is_gone_is_said(act: str, worlds: Worlds) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 def test_slow_processes_are_left_alone_and_leave_in_any_order(first: int, worlds: Worlds) -> None:
+    """A slow step, or a rank that ends before the others, would end a healthy run."""
     for rank in range(2):
         words = worlds.last_words(f"rank{first} leaves first", rank)
         assert "error" not in words and "Traceback" not in words
@@ -189,6 +192,7 @@ def seconds(clock: Clock, many: int, *alive: Heartbeat) -> list[str]:
 
 
 def test_rank_0_watches_all_and_the_others_watch_rank_0() -> None:
+    """A rank that falls silent would not be noticed within --hang-timeout."""
     clock, (zero, one, two) = group(3)
     two.beat(41)
     assert not seconds(clock, 30, zero, one, two)
@@ -201,6 +205,7 @@ def test_rank_0_watches_all_and_the_others_watch_rank_0() -> None:
 
 
 def test_a_process_that_never_began_is_named_by_its_rank() -> None:
+    """A rank that hangs before its first heartbeat would be waited for and never named."""
     clock, (zero, one, _) = group(3)
     assert not seconds(clock, 10, zero, one)
     assert seconds(clock, 1, zero, one) == [
@@ -210,6 +215,7 @@ def test_a_process_that_never_began_is_named_by_its_rank() -> None:
 
 
 def test_a_store_that_does_not_answer_is_not_a_peer_s_silence() -> None:
+    """A lost connection to rank 0's node would be reported as the failure of a peer."""
     clock, (zero, one) = group(2)
     assert not seconds(clock, 5, zero, one)
     for _ in range(10):
@@ -220,6 +226,7 @@ def test_a_store_that_does_not_answer_is_not_a_peer_s_silence() -> None:
 
 
 def test_who_was_stopped_itself_forgives() -> None:
+    """A process that was suspended would blame its healthy peers and end the run."""
     clock, (zero, one) = group(2)
     assert not seconds(clock, 5, zero, one)
     clock.now += 1000
@@ -235,6 +242,7 @@ def test_who_was_stopped_itself_forgives() -> None:
 
 
 def test_the_likely_cause_is_described() -> None:
+    """After a lost connection, the error would name the wrong rank or its wrong step."""
     clock, (zero, one, two) = group(3)
     one.beat(12)
     two.beat(11)
@@ -246,7 +254,10 @@ def test_the_likely_cause_is_described() -> None:
     assert re.fullmatch(r"rank 1 .*, last at step 12, heard of 4 s ago", zero.describe())
 
 
+@pytest.mark.slow
 def test_a_broken_store_is_told_of_once_and_not_while_leaving() -> None:
+    """A broken rendezvous would go unreported, or a run that ends normally would report one."""
+
     class Broken(dist.HashStore):
         def set(self, key: str, value: str) -> None:
             raise dist.DistNetworkError("Broken pipe")
@@ -262,6 +273,7 @@ def test_a_broken_store_is_told_of_once_and_not_while_leaving() -> None:
 
 
 def test_each_attempt_has_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart, old heartbeats would count as new, or nodes would not see each other's."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", free_port())
     monkeypatch.setenv("RANK", "0")

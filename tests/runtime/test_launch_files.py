@@ -47,11 +47,13 @@ def problems(path: Path) -> Iterator[str]:
 
 @every_file
 def test_accelerate_knows_every_key_and_value(name: str) -> None:
+    """A misspelt key in a launch file would be ignored, and users would get the default."""
     assert list(problems(FILES[name])) == []
 
 
 @pytest.mark.parametrize(("name", "section", "key"), NESTED)
 def test_a_nested_typo_is_found(name: str, section: str, key: str, tmp_path: Path) -> None:
+    """The check of nested settings would miss a typo, and a strategy would run with a default."""
     values = yaml.safe_load(FILES[name].read_text())
     wrong = f"{key[:-2]}{key[-1]}{key[-2]}"
     values[section][wrong] = values[section].pop(key)
@@ -62,6 +64,7 @@ def test_a_nested_typo_is_found(name: str, section: str, key: str, tmp_path: Pat
 
 @every_file
 def test_what_the_recipe_says_is_not_said_here(name: str) -> None:
+    """A launch file would override the recipe's precision, clipping or accumulation."""
     config = load_config_from_file(str(FILES[name]))
     assert config.mixed_precision == "no"
     assert not {"gradient_clipping", "gradient_accumulation_steps"} & config.deepspeed_config.keys()
@@ -71,6 +74,7 @@ def test_what_the_recipe_says_is_not_said_here(name: str) -> None:
 
 @every_file
 def test_several_nodes_are_not_started_through_pdsh(name: str) -> None:
+    """DeepSpeed on several nodes would write the environment, secrets included, to a file."""
     config = load_config_from_file(str(FILES[name]))
     if config.deepspeed_config:
         launcher = config.deepspeed_config["deepspeed_multinode_launcher"]
@@ -121,8 +125,10 @@ SAID = {
 }
 
 
+@pytest.mark.slow
 @every_file
 def test_two_processes_start_and_are_told_the_strategy(name: str, tmp_path: Path) -> None:
+    """A launch file would fail, print warnings or start another strategy than its name says."""
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: pip install 'distcv[deepspeed]'")
     ran = launch(name, tmp_path, "--num_processes", "2")
@@ -138,7 +144,9 @@ def test_two_processes_start_and_are_told_the_strategy(name: str, tmp_path: Path
         assert "ACCELERATE_GRADIENT_CLIPPING" not in one
 
 
+@pytest.mark.slow
 def test_a_file_starts_a_process_for_each_gpu(tmp_path: Path) -> None:
+    """`launch/ddp.yaml` would leave GPUs idle, or start where there is none."""
     ran = launch("ddp", tmp_path)
     if torch.cuda.is_available():
         assert len(ran.stdout.splitlines()) == torch.cuda.device_count(), ran.stderr
@@ -147,6 +155,7 @@ def test_a_file_starts_a_process_for_each_gpu(tmp_path: Path) -> None:
 
 
 def test_accelerate_understands_the_fsdp2_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 would not shard as `launch/fsdp2.yaml` says, and could run out of GPU memory."""
     for key, value in SAID["fsdp2"].items():
         monkeypatch.setenv(key, value)
     plugin = FullyShardedDataParallelPlugin()

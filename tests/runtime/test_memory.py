@@ -34,8 +34,10 @@ def page_faults(**environment: str) -> int:
     return int(ran.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc than GNU's")
 def test_freed_memory_is_kept_unless_the_user_has_chosen() -> None:
+    """Training on a CPU would be slower, or the user's own malloc settings would be overridden."""
     touched = 10 * 50_000_000 // resource.getpagesize()
     assert page_faults() < touched / 100
     assert page_faults(MALLOC_MMAP_THRESHOLD_="131072") > touched / 2

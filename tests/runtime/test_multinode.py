@@ -104,6 +104,7 @@ def stub(tmp_path: Path) -> Stub:
 
 
 def test_options_reach_accelerate_and_flags_the_training(stub: Stub) -> None:
+    """Flags after `--` would be lost, split at spaces or taken for options of the launcher."""
     options, flags, _ = stub.told(
         "--config", "launch/fsdp2.yaml", "--nodes", "4", "--node-rank=2", "--head", "127.0.0.1",
         "--port", "1234", "--processes-per-node", "8",
@@ -117,7 +118,9 @@ def test_options_reach_accelerate_and_flags_the_training(stub: Stub) -> None:
     assert flags == ["--model", "resnet18", "--name", "two words", "--", "--nodes", "9"]
 
 
+@pytest.mark.slow
 def test_one_node_needs_no_address_and_takes_the_gpus(stub: Stub) -> None:
+    """On a single machine, multinode.sh would demand an address or leave GPUs idle."""
     options, flags, env = stub.told()
     assert options == {
         "--config_file": str(ROOT / "launch/ddp.yaml"),
@@ -128,6 +131,7 @@ def test_one_node_needs_no_address_and_takes_the_gpus(stub: Stub) -> None:
 
 
 def test_names_of_torchrun_are_understood(stub: Stub) -> None:
+    """A job script that sets torchrun's variables would start the wrong number of processes."""
     options, _, _ = stub.told(
         NNODES="3", NODE_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="4321", NPROC_PER_NODE="2"
     )
@@ -141,6 +145,7 @@ SLURM = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "n[3-4]
 
 
 def test_names_of_slurm_are_understood(stub: Stub) -> None:
+    """Under Slurm, nodes would not find their head, or two jobs would use the same port."""
     options, _, _ = stub.told(**SLURM)
     assert options["--num_machines"] == "2" and options["--num_processes"] == "8"
     assert options["--machine_rank"] == "1" and options["--main_process_ip"] == "n3"
@@ -152,6 +157,7 @@ def test_names_of_slurm_are_understood(stub: Stub) -> None:
 
 
 def test_options_come_before_torchrun_s_names_and_these_before_slurm_s(stub: Stub) -> None:
+    """An explicit --nodes or --port would lose to a variable that the cluster sets."""
     mixed = SLURM | {"NNODES": "3", "MASTER_ADDR": "127.0.0.1"}
     options, _, _ = stub.told("--nodes", "5", "--port", "77", **mixed)
     assert options["--num_machines"] == "5" and options["--main_process_port"] == "77"
@@ -178,6 +184,7 @@ def test_options_come_before_torchrun_s_names_and_these_before_slurm_s(stub: Stu
     ],
 )
 def test_bad_input_is_refused_in_one_line(stub: Stub, words: list[str], said: str) -> None:
+    """A typo in an option of multinode.sh would start a wrong job instead of being named."""
     own = [] if "--processes-per-node" in words else ["--processes-per-node", "1"]
     ran = stub.run(*own, *words)
     assert ran.returncode == 2 and ran.stdout == ""
@@ -186,6 +193,7 @@ def test_bad_input_is_refused_in_one_line(stub: Stub, words: list[str], said: st
 
 
 def test_it_works_from_any_folder_and_stays_there(stub: Stub, tmp_path: Path) -> None:
+    """Outside the clone, multinode.sh would miss its launch files or write runs elsewhere."""
     words = ["--config", "launch/zero1.yaml", "--processes-per-node", "1"]
     options, _, env = stub.told(*words, cwd=tmp_path)
     assert options["--config_file"] == str(ROOT / "launch/zero1.yaml")
@@ -196,6 +204,7 @@ def test_it_works_from_any_folder_and_stays_there(stub: Stub, tmp_path: Path) ->
 
 
 def test_the_environment_beside_the_clone_is_used_unless_one_is_active(tmp_path: Path) -> None:
+    """multinode.sh would not use the virtual environment that the user made or activated."""
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "launch", clone / "launch")
     for name, folder in (("clone's", clone / ".venv/bin"), ("path's", tmp_path / "bin")):
@@ -209,12 +218,14 @@ def test_the_environment_beside_the_clone_is_used_unless_one_is_active(tmp_path:
 
 
 def test_help_says_what_there_is(stub: Stub) -> None:
+    """`multinode.sh --help` would fail, or show source code instead of the options."""
     ran = stub.run("--help")
     assert ran.returncode == 0 and "--max-restarts M" in ran.stdout and "#" not in ran.stdout
     assert "set -euo" not in ran.stdout
 
 
 def test_restarts_are_told_to_all_nodes(stub: Stub) -> None:
+    """With --max-restarts, a failure on one node would leave the other nodes hanging."""
     words = ["--nodes", "2", "--head", "127.0.0.1", "--processes-per-node", "1"]
     options, _, env = stub.told(*words, "--max-restarts", "3")
     assert options["--max_restarts"] == "3" and options["--rdzv_backend"] == "c10d"
@@ -275,6 +286,7 @@ def nodes() -> Iterator[Nodes]:
 def test_gloo_and_nccl_use_the_interface_between_the_nodes(
     stub: Stub, nodes: Nodes, tmp_path: Path
 ) -> None:
+    """On machines with several networks, processes would try one that doesn't connect them."""
     words = ["--nodes", "2", "--head", HEAD, "--processes-per-node", "1"]
     for rank, interface in ((0, "cable0"), (1, "cable1")):
         inside = nodes.inside(rank)
@@ -288,7 +300,10 @@ def test_gloo_and_nccl_use_the_interface_between_the_nodes(
 def test_a_head_that_calls_itself_127_0_1_1_is_reached(
     stub: Stub, nodes: Nodes, tmp_path: Path
 ) -> None:
-    """As Debian writes it into /etc/hosts."""
+    """Nodes would not reach a head whose own name resolves to 127.0.1.1.
+
+    As Debian writes it into /etc/hosts.
+    """
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n127.0.1.1 thehead\n")
     mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
@@ -369,6 +384,7 @@ def start_doctor(rank: int, folder: Path, seconds: float) -> subprocess.Popen[by
     [(0, "rank 1 of 2 did not come within 2 s"), (1, "doesn't reach MASTER_ADDR 127.0.0.1")],
 )
 def test_the_doctor_names_a_node_that_never_comes(rank: int, missed: str, tmp_path: Path) -> None:
+    """The doctor would hang or crash instead of naming the missing node."""
     assert start_doctor(rank, tmp_path, 2).wait(timeout=60) == 1
     said = (tmp_path / f"node{rank}").read_text()
     (line,) = [line for line in said.splitlines() if line.startswith("wrong")]
@@ -389,6 +405,7 @@ def children_of(pid: int, words: str) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_doctor_that_waits(how: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C or a cancelled job would leave a doctor running on the node."""
     script = start_doctor(0, tmp_path, 600)
     try:
         wait_until(lambda: children_of(script.pid, "python3 -m distcv.doctor"), 60, "doctor")
@@ -405,6 +422,7 @@ def test_a_signal_ends_a_doctor_that_waits(how: signal.Signals, tmp_path: Path) 
 def test_two_nodes_learn_the_curve_of_one_process(
     config: str, trained: Trained, nodes: Nodes, tmp_path: Path
 ) -> None:
+    """Training on two nodes would fail, or follow another loss curve than on one process."""
     if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: pip install 'distcv[deepspeed]'")
     words = ["--config", f"launch/{config}.yaml", *ADDRESS]
@@ -421,6 +439,7 @@ def test_two_nodes_learn_the_curve_of_one_process(
 def test_after_a_process_is_killed_all_start_again(
     trained: Trained, nodes: Nodes, tmp_path: Path
 ) -> None:
+    """If a process dies on one node, the other node would hang, or both would start from step 0."""
     words = ["--config", "launch/cpu.yaml", "--max-restarts", "1", *ADDRESS]
     flags = ["--", *trained.flags, "--name", "killed"]
     both = [start(rank, tmp_path, nodes.inside(rank), *words, *flags) for rank in (0, 1)]
@@ -441,6 +460,7 @@ def test_after_a_process_is_killed_all_start_again(
 def test_a_signal_stops_the_training_and_the_exit_code_says_so(
     how: signal.Signals, trained: Trained, tmp_path: Path
 ) -> None:
+    """A preempted job would end unsaved, be restarted, or leave with a code that isn't requeued."""
     flags = [*trained.flags, "--max-steps", "2000", "--name", how.name]
     words = ["--config", "launch/cpu.yaml", "--processes-per-node", "2", "--max-restarts", "2"]
     with (tmp_path / "said").open("wb") as said:
@@ -460,6 +480,7 @@ def test_a_signal_stops_the_training_and_the_exit_code_says_so(
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_wrong_input_ends_in_its_line_and_exit_code(processes: str) -> None:
+    """The line about a wrong flag would be buried under a traceback of the launcher."""
     words = ["--config", "launch/cpu.yaml", "--processes-per-node", processes, "--"]
     ran = subprocess.run([SCRIPT, *words, "--batch-size", "0"], cwd=ROOT, env=environment(),
                          capture_output=True, text=True, timeout=120)  # fmt: skip
@@ -484,6 +505,7 @@ NOT_HEAD = "is_host=0,read_timeout=2"
 def test_the_launcher_tells_what_the_processes_can_t(
     options: list[str], module: str, said: str
 ) -> None:
+    """A node that can't reach the others would show a traceback instead of the remedy."""
     command = [sys.executable, "launch/accelerate_launch.py", "--config_file", "launch/cpu.yaml"]
     place = ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     ran = subprocess.run([*command, *place, *options, "-m", module], cwd=ROOT, env=environment(),
@@ -495,6 +517,7 @@ def test_the_launcher_tells_what_the_processes_can_t(
 def test_the_launcher_tells_that_deepspeed_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Users without DeepSpeed would see a traceback instead of the command that installs it."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name)
@@ -512,6 +535,7 @@ def test_the_launcher_tells_that_deepspeed_is_not_installed(
 
 
 def test_the_launcher_knows_the_exit_codes_of_a_training() -> None:
+    """Exit code 74 or 75 would become 1, and a batch script would take a stop for a crash."""
     found = runpy.run_path(str(ROOT / "launch/accelerate_launch.py"), run_name="launch")
     assert found["TOLD"] == (2, NOT_SAVED, STOPPED)
 
@@ -519,7 +543,10 @@ def test_the_launcher_knows_the_exit_codes_of_a_training() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", ["0", "1"])
 def test_a_signal_ends_a_node_that_waits_for_others(restarts: str, tmp_path: Path) -> None:
-    """There is no training yet that could save; the exit code is that of one."""
+    """A node that waits for others would ignore SIGTERM, and its job would seem to have failed.
+
+    There is no training yet that could save; the exit code is that of one.
+    """
     place = ["--head", "127.0.0.1", "--port", free_port(), "--max-restarts", restarts]
     script = start(1, tmp_path, (), "--config", "launch/cpu.yaml", *place, "--", "--model", "gap")
     try:
@@ -542,7 +569,10 @@ def files_with(secret: str, folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_deepspeed_on_two_nodes_leaves_no_secret_behind(tmp_path: Path) -> None:
-    """With its default launcher, Accelerate appends the environment to .deepspeed_env."""
+    """A user's secrets would be left in a plain file in the home folder.
+
+    With its default launcher, Accelerate appends the environment to .deepspeed_env.
+    """
     env = {"A_SECRET": SECRET, "HOME": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     words = ["--config", "launch/zero3.yaml", "--head", "127.0.0.1", "--port", free_port()]
     words += ["--", "--help"]
@@ -553,6 +583,7 @@ def test_deepspeed_on_two_nodes_leaves_no_secret_behind(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_a_secret_left_behind_would_be_found(tmp_path: Path) -> None:
+    """The test for leaked secrets would pass even when Accelerate writes them to a file."""
     lines = (ROOT / "launch/zero1.yaml").read_text().splitlines()
     config = tmp_path / "pdsh.yaml"
     config.write_text("\n".join(line for line in lines if "multinode_launcher" not in line))

@@ -7,7 +7,10 @@ Rounding differs between strategies, and a young network at a high rate amplifie
 import ast
 import json
 import os
+import re
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 
 from support.forked import ONE_THREAD, Forked
 from support.runs import ROOT, STRATEGY, ranks
+from support.shared import made_once, shared_folder
 
 PACKAGE = ROOT / "src/distcv"
 
@@ -57,29 +61,32 @@ class Trajectories:
 
     def __init__(self, folder: Path, data_dir: Path) -> None:
         self.folder, self.data_dir = folder, data_dir
-        self.found: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def run(self, where: str, flags: list[str], **order: Any) -> dict[str, Any]:
         """``where`` is a strategy and a number of processes, such as ``zero2 x3``."""
-        out = self.folder / f"{len(list(self.folder.iterdir()))}.json"
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        out = place / "said.json"
         order |= {"out": str(out), "data": str(self.data_dir)}
         name, processes = (where + " x1").split(" x")[:2]
         arguments = [json.dumps(order), "--schedule", "constant", *flags]
         environments: list[dict[str, str]] = [{}]
         if where != "single":
             environments = [each | STRATEGY[name] for each in ranks(int(processes))]
-        self.run_together(arguments, environments)
+        self.run_together(arguments, environments, place)
         said: dict[str, Any] = json.loads(out.read_text())
         expected = ("single", "1") if where == "single" else tuple(where.split(" x"))
         joined = ("single" if where == "ddp x1" else said["strategy"], str(said["processes"]))
         assert joined == expected
         return said
 
-    def run_together(self, arguments: list[str], environments: list[dict[str, str]]) -> None:
+    def run_together(
+        self, arguments: list[str], environments: list[dict[str, str]], place: Path
+    ) -> None:
         """Processes that all must do well; the first one that doesn't ends the others."""
-        said = self.folder / "said"
         started = [
-            Forked("trajectory", arguments, os.environ | ONE_THREAD | env, said / str(rank))
+            Forked(
+                "support.trajectory", arguments, os.environ | ONE_THREAD | env, place / str(rank)
+            )
             for rank, env in enumerate(environments)
         ]
         try:
@@ -96,41 +103,57 @@ class Trajectories:
 
     def young(self, kind: str) -> Path:
         """The checkpoint from which all trajectories of a kind start."""
-        path = self.folder / kind
-        if not path.exists():
-            flags = [*FLAGS[kind], *YOUNG[kind]]
-            self.run("single", flags, steps=START + 1, save=[START, str(path)])
-        return path / f"step-{START:08d}"
+        flags = [*FLAGS[kind], *YOUNG[kind]]
+
+        def make(folder: Path) -> None:
+            self.run("single", flags, steps=START + 1, save=[START, str(folder)])
+
+        return made_once(self.folder / kind, make) / f"step-{START:08d}"
+
+    def once(self, key: tuple[str, ...], train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a training found that the first test to ask for it makes, on whatever worker."""
+
+        def make(folder: Path) -> None:
+            (folder / "found.json").write_text(json.dumps(train()))
+
+        name = re.sub(r"[^\w.]+", "-", " ".join(key))
+        folder = made_once(self.folder / "found" / name, make)
+        found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+        return found
 
     def curve(self, where: str, kind: str, *flags: str) -> dict[str, Any]:
         """Forty steps from the common start; a checkpoint is left in the middle."""
-        key = (where, kind, *flags)
-        if key not in self.found:
+
+        def train() -> dict[str, Any]:
             path = str(self.young(kind))
             saved = None if flags else [MIDDLE, str(self.written(where, kind).parent)]
-            flags = (*FLAGS[kind], *LATER[kind], *flags)
-            said = self.run(where, list(flags), steps=END, resume=[path], save=saved)
-            self.found[key] = said[path]
-        return self.found[key]
+            every = [*FLAGS[kind], *LATER[kind], *flags]
+            return dict(self.run(where, every, steps=END, resume=[path], save=saved)[path])
+
+        return self.once((where, kind, *flags), train)
 
     def brief(self, where: str, flags: str) -> dict[str, Any]:
         """Eight steps from the common start."""
-        if (where, flags) not in self.found:
+
+        def train() -> dict[str, Any]:
             path = str(self.young("plain"))
             both = [*FLAGS["plain"], *LATER["plain"], *flags.split()]
-            self.found[where, flags] = self.run(where, both, steps=START + 8, resume=[path])[path]
-        return self.found[where, flags]
+            return dict(self.run(where, both, steps=START + 8, resume=[path])[path])
+
+        return self.once(("brief", where, flags), train)
 
     def written(self, where: str, kind: str) -> Path:
         """The checkpoint that is written in the middle of a curve."""
         return self.folder / f"{kind} {where}" / f"step-{MIDDLE:08d}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trajectories(
     tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object
 ) -> Trajectories:
-    return Trajectories(tmp_path_factory.mktemp("trajectories"), data_dir)
+    folder = shared_folder(tmp_path_factory) / "trajectories"
+    folder.mkdir(exist_ok=True)
+    return Trajectories(folder, data_dir.resolve())
 
 
 def close(one: list[float], other: list[float]) -> bool:
@@ -143,6 +166,7 @@ def close(one: list[float], other: list[float]) -> bool:
 def test_forty_steps_are_the_same_everywhere(
     kind: str, where: str, trajectories: Trajectories
 ) -> None:
+    """Another strategy or process count would give the user another loss curve."""
     arguments = ["plain", *ACCUMULATED] if kind == "accumulated" else [kind]
     one = trajectories.curve("single", *arguments)
     other = trajectories.curve(where, *arguments)
@@ -161,6 +185,7 @@ def test_forty_steps_are_the_same_everywhere(
 def test_muon_takes_the_same_steps_wherever_it_works(
     where: str, trajectories: Trajectories
 ) -> None:
+    """Under DDP or FSDP2, `--optimizer muon` would learn differently than on one process."""
     one, other = (trajectories.curve(place, "muon") for place in ("single", where))
     assert min(one["losses"][20:]) < min(one["losses"][:5]), "it should learn"
     assert other["samples"] == one["samples"] and not other["differing"]
@@ -172,7 +197,10 @@ def test_muon_takes_the_same_steps_wherever_it_works(
 def test_a_checkpoint_written_anywhere_resumes_anywhere(
     kind: str, reader: str, trajectories: Trajectories
 ) -> None:
-    """The cross matrix: each reader resumes what each of the five writers left."""
+    """A stopped run could not resume under another strategy or process count with its state.
+
+    The cross matrix: each reader resumes what each of the five writers left.
+    """
     whole = {writer: trajectories.curve(writer, kind) for writer in WRITERS}
     paths = {writer: str(trajectories.written(writer, kind)) for writer in WRITERS}
     flags = [*FLAGS[kind], *LATER[kind]]
@@ -198,7 +226,10 @@ def test_a_checkpoint_written_anywhere_resumes_anywhere(
 def test_half_precision_and_compilation_work_everywhere(
     flags: str, where: str, tolerance: float, trajectories: Trajectories
 ) -> None:
-    """Beside each, how far eight steps parted: bfloat16 has 8 bits, float16 11."""
+    """Half precision or --compile would fail, or clip wrongly, under one of the strategies.
+
+    Beside each, how far eight steps parted: bfloat16 has 8 bits, float16 11.
+    """
     one, other = (trajectories.brief(place, flags) for place in ("single", where))
     assert not other["differing"]
     assert other["losses"] == pytest.approx(one["losses"], rel=tolerance)
@@ -213,6 +244,7 @@ def test_half_precision_and_compilation_work_everywhere(
 
 
 def test_after_an_overflow_under_deepspeed_the_scale_falls() -> None:
+    """After an overflow, fp16 under DeepSpeed would skip every step and learn nothing."""
     from distcv.runtime.zero import Zero
 
     zero: Any = Zero.__new__(Zero)
@@ -228,7 +260,9 @@ def test_after_an_overflow_under_deepspeed_the_scale_falls() -> None:
 
 @pytest.mark.slow
 def test_sgd_scales_its_loss_under_fsdp2(trajectories: Trajectories) -> None:
+    """SGD with fp16 under FSDP2 would apply gradients that are still scaled, and diverge."""
     flags = [*NORMED.split(), "--lr", "0.02", "--warmup", "0", "--precision", "fp16"]
+    flags += ["--batch-size", "32"]
     one, other = (
         trajectories.run(where, flags, steps=8)["start"]["losses"]
         for where in ("single", "fsdp2 x2")
@@ -262,9 +296,11 @@ def collectives_in(nodes: list[ast.AST]) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_collective_under_a_branch_of_the_main_process(path: Path) -> None:
+    """A run on several processes would hang in a collective that only rank 0 enters."""
     assert not collectives_in(main_branches(ast.parse(path.read_text())))
 
 
 def test_a_collective_under_such_a_branch_would_be_found() -> None:
+    """The check for collectives on rank 0 alone would find none, and runs could hang."""
     code = "if runtime.is_main:\n    loss = runtime.sum(loss)\n"
     assert collectives_in(main_branches(ast.parse(code))) == {"sum"}

@@ -156,6 +156,7 @@ def assert_close(name: str, result: Tensor, expected: Tensor, tolerance: float) 
 def test_the_whole_batch_on_one_process_gives_the_same(
     name: str, world: int, found: dict[int, list[dict[str, Any]]]
 ) -> None:
+    """--sync-bn would give other outputs, gradients or statistics than one process."""
     case = CASES[name]
     tolerance, rounding = case.get("tolerance", 1e-6), case.get("rounding", 1e-6)
     whole = steps(layer_of(case).double(), case, slice(None), torch.float64)
@@ -186,6 +187,7 @@ def test_the_whole_batch_on_one_process_gives_the_same(
 def test_a_network_in_ddp_learns_the_same(
     world: int, found: dict[int, list[dict[str, Any]]]
 ) -> None:
+    """With --sync-bn under DDP, a network would reach other weights than on one process."""
     alone = network()
     train(alone, slice(None), 1)
     for process in found[world]:
@@ -195,11 +197,13 @@ def test_a_network_in_ddp_learns_the_same(
 
 @pytest.mark.slow
 def test_all_processes_refuse_a_single_value(found: dict[int, list[dict[str, Any]]]) -> None:
+    """A batch too small for BatchNorm would end one process and leave the others hanging."""
     refusals = {process["refused"] for world in found.values() for process in world}
     assert refusals == {"BatchNorm needs more than one value per channel to train on"}
 
 
 def test_one_process_is_plain_batch_norm() -> None:
+    """A synchronised BatchNorm would compute other numbers than nn.BatchNorm2d on one process."""
     case: dict[str, Any] = {}
     layer = layer_of(case)
     plain = steps(deepcopy(layer), case, slice(None), torch.float32)
@@ -211,6 +215,7 @@ def test_one_process_is_plain_batch_norm() -> None:
 
 
 def test_a_converted_network_keeps_its_tensors() -> None:
+    """With --sync-bn, the optimizer would lose BatchNorm's weights, and they would not learn."""
     model, calls = network(), []
     model[2].register_forward_hook(lambda *_: calls.append(1))
     before = [*model.named_parameters(), *model.named_buffers()]
@@ -226,11 +231,13 @@ def test_a_converted_network_keeps_its_tensors() -> None:
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_other_kinds_are_refused(kind: Callable[[int], nn.Module]) -> None:
+    """BatchNorm1d or BatchNorm3d in a user's network would silently stay unsynchronised."""
     with pytest.raises(TypeError, match=r"1: .*Norm.* can't be shared among processes"):
         convert(nn.Sequential(nn.ReLU(), kind(3)), torch.device("cpu"))
 
 
 def test_other_devices_have_torch_s_own() -> None:
+    """On a GPU, --sync-bn would use a layer made for CPUs, or the optimizer lose its weights."""
     model = network()
     parameters = list(model.parameters())
     assert convert(model, torch.device("cuda")) is model

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from distcv import checkpoint
 from support.runs import ROOT, Runs
+from support.shared import made_once, shared_folder
 from support.slurm_cluster import Cluster
 from support.wandb_runs import rows_on_disk, rows_on_server, sync
 from support.wandb_server import ENTITY, WandbServer
@@ -17,8 +19,8 @@ from support.wandb_server import ENTITY, WandbServer
 pytestmark = pytest.mark.slow
 
 FLAGS = [
-    "--model", "gap", "--max-steps", "400", "--log-every", "10", "--checkpoint-every", "50",
-    "--dropout", "0.1",
+    "--model", "gap", "--dataset", "synthetic", "--batch-size", "16", "--max-steps", "400",
+    "--log-every", "10", "--checkpoint-every", "50", "--dropout", "0.1",
 ]  # fmt: skip
 # As in the strategies' tests: a rate at which rounding isn't amplified, no BatchNorm.
 SMOOTH = ["--model", "lighter", "--optimizer", "adamw", "--lr", "0.0003", "--batch-size", "65",
@@ -31,12 +33,22 @@ class Site:
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         self.folder, self.cluster = folder, cluster
         self.runs = Runs(folder / "runs", folder / "data")
+        self.slow_steps = folder / "slow-steps"
+
+    def slow_down(self, seconds: float = 0.1) -> None:
+        """Let each step wait so long, for what takes Slurm longer than a small training."""
+        self.slow_steps.write_text(str(seconds))
+
+    def go_on(self) -> None:
+        """Let steps be as fast as they are."""
+        self.slow_steps.unlink()
 
     def submit(self, *words: str, **env: str) -> str:
         """sbatch with these words; the job's number."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        fixed = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT / "src"), "PATH": path}
-        more = fixed | {"OMP_NUM_THREADS": "1"} | env
+        found = os.pathsep.join([str(ROOT / "tests/support/slow_steps"), str(ROOT / "src")])
+        fixed = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": found, "PATH": path}
+        more = fixed | {"SLOW_STEPS": str(self.slow_steps), "OMP_NUM_THREADS": "1"} | env
         return self.cluster.sbatch(*words, cwd=self.folder, **more)
 
     def log(self, job: str) -> str:
@@ -52,9 +64,10 @@ class Site:
         assert found == ("COMPLETED", restarts), self.log(job)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object) -> Path:
-    made = tmp_path_factory.mktemp("site")
+@pytest.fixture
+def folder(tmp_path: Path, data_dir: Path, mnist: object) -> Path:
+    made = tmp_path / "site"
+    made.mkdir()
     for name in ("launch", "slurm"):
         (made / name).symlink_to(ROOT / name)
     (made / "data").symlink_to(data_dir.resolve())
@@ -66,11 +79,11 @@ def site(folder: Path, cluster: Cluster) -> Site:
     return Site(folder, cluster)
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Runs:
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object) -> Runs:
     """A run `whole` with FLAGS that nothing has touched."""
-    runs = Runs(folder / "whole", folder / "data")
-    runs.run("whole", *FLAGS)
+    runs = Runs(shared_folder(tmp_path_factory) / "slurm", data_dir.resolve())
+    made_once(runs.folder, lambda _: runs.run("whole", *FLAGS))
     return runs
 
 
@@ -80,7 +93,10 @@ def ends_as_if_left_alone(site: Site, name: str, whole: Runs) -> None:
 
 
 def test_two_nodes_learn_the_curve_of_one(site: Site) -> None:
-    """Both from templates as they are, with resources from the command line."""
+    """Training on two Slurm nodes would give another loss curve than on one.
+
+    Both jobs use the templates as they are, with resources from the command line.
+    """
     two = site.submit("--nodes=2", "slurm/resnet18.sh", *SMOOTH)
     one = site.submit("slurm/mnist.sh", *SMOOTH)
     for job in (two, one):
@@ -93,28 +109,34 @@ def test_two_nodes_learn_the_curve_of_one(site: Site) -> None:
     assert len(curves[0]) == 20 and curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_a_job_at_its_time_limit_goes_on_by_itself(site: Site) -> None:
-    """Told ahead by SIGUSR2, or not until SIGTERM, half a minute after which SIGKILL would come."""
-    flags = [*FLAGS, "--max-steps", "1400"]
-    told, untold = (site.submit("slurm/mnist.sh", *flags) for _ in range(2))
+def test_a_job_at_its_time_limit_goes_on_by_itself(site: Site, whole: Runs) -> None:
+    """A job at its time limit would not be requeued, or would reach other weights.
+
+    Told ahead by SIGUSR2, or not until SIGTERM, half a minute after which SIGKILL would come.
+    """
+    site.slow_down(0.2)  # Slurm looks every 30 s whose end is near
+    told, untold = (site.submit("slurm/mnist.sh", *FLAGS) for _ in range(2))
     for job, end in ((told, "now+100"), (untold, "now")):  # the script asks for 120 s ahead
         site.runs.wait_for_step(f"mnist-{job}", 10)
         site.cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end}")
-    for job in (told, untold):  # Slurm looks every 30 s whose end is near
+    for job in (told, untold):
         site.cluster.wait(job, "PENDING", timeout=90)
         site.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
         assert re.search(rf"job {job}: stopped after step \d+, requeued", site.log(job))
+    site.go_on()
     assert "DUE TO TIME LIMIT" in site.log(untold) and "TIME LIMIT" not in site.log(told)
-    site.runs.run("alone", *flags)
     for job in (told, untold):
         site.finish(job, restarts=1)
         assert "resuming after step" in site.log(job)
-        assert site.runs.learned(f"mnist-{job}") == site.runs.learned("alone")
-        assert site.runs.untimed_rows(f"mnist-{job}") == site.runs.untimed_rows("alone")
+        ends_as_if_left_alone(site, f"mnist-{job}", whole)
 
 
 def test_a_preempted_job_comes_back(site: Site, whole: Runs) -> None:
-    """With a time of grace, in which it leaves by itself, and without."""
+    """A preempted job would not come back, or would end with other weights or repeated rows.
+
+    With a grace period, in which it leaves by itself, and without.
+    """
+    site.slow_down()
     jobs = [
         site.submit(f"--partition={partition}", "slurm/mnist.sh", *FLAGS)
         for partition in ("low", "low0")
@@ -123,6 +145,7 @@ def test_a_preempted_job_comes_back(site: Site, whole: Runs) -> None:
         site.runs.wait_for_step(f"mnist-{job}", 60)
     urgent = site.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1")
     site.finish(urgent)
+    site.go_on()
     for job in jobs:
         site.finish(job, restarts=1)
         assert "resuming after step" in site.log(job)
@@ -132,7 +155,11 @@ def test_a_preempted_job_comes_back(site: Site, whole: Runs) -> None:
 
 
 def test_only_the_preempted_task_of_an_array_comes_back(site: Site, whole: Runs) -> None:
-    """And the last one to end prints mean and deviation over all."""
+    """Preempting one seed of an array would restart the other seeds, or end this one for good.
+
+    The last task to end prints mean and deviation over all.
+    """
+    site.slow_down()
     array = site.submit(
         "--partition=low", "--array=0-1", "--exclusive", "slurm/seeds.sh", *FLAGS
     )  # fmt: skip
@@ -143,9 +170,10 @@ def test_only_the_preempted_task_of_an_array_comes_back(site: Site, whole: Runs)
         seeds.wait_for_step(f"seed-{seed}", 20)
     node = site.cluster.job(tasks[0])["NodeList"]
     urgent = site.submit("--partition=high", f"--nodelist={node}", "--exclusive", "--wrap=sleep 1")
+    site.finish(urgent)
+    site.go_on()
     site.finish(tasks[0], restarts=1)
     site.finish(tasks[1])
-    site.finish(urgent)
     assert seeds.learned("seed-0") == whole.learned("whole")
     accuracies = [seeds.result(f"seed-{seed}")["test_accuracy"] for seed in (0, 1)]
     mean = sum(accuracies) / 2
@@ -154,23 +182,30 @@ def test_only_the_preempted_task_of_an_array_comes_back(site: Site, whole: Runs)
 
 
 def test_a_cancelled_array_goes_on_in_its_folder(site: Site, whole: Runs) -> None:
+    """A cancelled array, submitted again with RUNS_DIR, would begin anew in another folder."""
     words = ["--array=0", "--exclusive", "slurm/seeds.sh", *FLAGS]
+    site.slow_down()
     array = site.submit(*words)
     seeds = Runs(site.folder / f"runs/seeds-{array}", site.folder / "data")
     seeds.wait_for_step("seed-0", 20)
     site.cluster.run("scancel", array)
     site.cluster.wait(f"{array}_0", "CANCELLED", timeout=120)
+    site.go_on()
     again = site.submit(*words, RUNS_DIR=f"runs/seeds-{array}")
     site.finish(f"{again}_0")
+    assert "resuming after step" in site.log(f"{again}_0")
     assert seeds.learned("seed-0") == whole.learned("whole")
     assert seeds.untimed_rows("seed-0") == whole.untimed_rows("whole")
     assert not (site.folder / f"runs/seeds-{again}").exists()
 
 
 def test_a_job_goes_on_after_its_node_died(site: Site, whole: Runs) -> None:
+    """A node failure would end the run, or the requeued job would reach other weights."""
+    site.slow_down()
     job = site.submit("slurm/mnist.sh", *FLAGS)
     site.runs.wait_for_step(f"mnist-{job}", 60)
     site.cluster.crash(site.cluster.job(job)["NodeList"])
+    site.go_on()
     site.finish(job, restarts=1)
     assert "resuming after step" in site.log(job)
     ends_as_if_left_alone(site, f"mnist-{job}", whole)
@@ -187,6 +222,7 @@ def test_a_job_goes_on_after_its_node_died(site: Site, whole: Runs) -> None:
     ],
 )
 def test_a_failure_is_not_requeued(flags: list[str], said: str, site: Site) -> None:
+    """A job with a wrong flag or a diverged run would be requeued, and fail again each time."""
     job = site.submit("slurm/mnist.sh", *FLAGS, *flags)
     site.cluster.wait(job, "FAILED", timeout=60)
     assert site.cluster.job(job)["Restarts"] == "0"
@@ -195,17 +231,22 @@ def test_a_failure_is_not_requeued(flags: list[str], said: str, site: Site) -> N
 
 
 def test_a_cancelled_job_saves_and_stays_away(site: Site) -> None:
+    """A cancelled job would start again by itself, or leave no checkpoint to resume from."""
+    site.slow_down()
     job = site.submit("slurm/mnist.sh", *FLAGS)
     site.runs.wait_for_step(f"mnist-{job}", 20)
     site.cluster.run("scancel", job)
     site.cluster.wait(job, "CANCELLED")
-    assert re.search(r"stopped after step \d+, not requeued", site.log(job))
-    assert site.runs.learned(f"mnist-{job}")
+    (step,) = re.findall(r"stopped after step (\d+), not requeued", site.log(job))
+    held = checkpoint.steps(site.runs.folder / f"mnist-{job}/checkpoints")
+    assert held[-1] == int(step), "saved where it stopped"
     time.sleep(3)
     assert site.cluster.state(job) == "CANCELLED"
 
 
 def test_a_job_that_makes_no_progress_is_given_up(site: Site) -> None:
+    """A job that is always killed before a checkpoint would use up node hours without end."""
+    site.slow_down()
     job = site.submit("slurm/mnist.sh", *FLAGS, "--max-steps", "4000", "--checkpoint-every", "4000",
                       "--idle-requeues", "1")  # fmt: skip
     for requeue in range(2):
@@ -221,6 +262,7 @@ def test_a_job_that_makes_no_progress_is_given_up(site: Site) -> None:
 
 
 def test_the_doctor_looks_at_the_nodes_of_a_job(site: Site) -> None:
+    """Users could not check that the nodes of a Slurm job work together before they train."""
     doctor = ["launch/multinode.sh", "--module", "distcv.doctor", "--", "--slurm"]
     job = site.submit("--nodes=2", "--ntasks-per-node=1", "--output=doctor-%j.out",
                       f"--wrap=srun {' '.join(doctor)}")  # fmt: skip
@@ -242,11 +284,15 @@ def server(cluster: Cluster) -> Iterator[WandbServer]:
 def test_a_requeued_job_goes_on_with_its_run_in_wandb(
     site: Site, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two requeues, online and offline, and one of a sweep's agent: one run each, each row once."""
+    """A requeued job would appear in W&B as a new run, or with rows missing or repeated.
+
+    Two requeues, online and offline, and one of a sweep's agent: one run each, each row once.
+    """
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HOME", str(site.folder))
     flags = [*FLAGS, "--track", "wandb"]
+    site.slow_down(0.05)
     online = site.submit("slurm/mnist.sh", *flags)
     offline = site.submit("slurm/mnist.sh", *flags, WANDB_MODE="offline")
     train = [sys.executable, "-m", "distcv.train", *flags, "${args}"]
@@ -257,6 +303,7 @@ def test_a_requeued_job_goes_on_with_its_run_in_wandb(
         for job in jobs:
             site.runs.wait_for_step(names[job], step)
             site.cluster.run("scontrol", "requeue", job)
+    site.go_on()
     for job, restarts in ((online, 2), (offline, 2), (agent, 1)):
         site.finish(job, restarts)
     states = [run.state for run in server.runs.values()]

@@ -46,6 +46,7 @@ print(name, socket.gethostbyname(name), other, os.environ["CUDA_VISIBLE_DEVICES"
 
 
 def test_two_nodes_have_names_and_addresses_and_meet_in_a_job(cluster: Cluster) -> None:
+    """Faults that users meet only across nodes would stay hidden on the test cluster."""
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8", "--gpus-per-node=2"]
     said = cluster.run(*srun, sys.executable, "-c", MEET)
     one, two = cluster.network[10], cluster.network[11]
@@ -55,6 +56,7 @@ def test_two_nodes_have_names_and_addresses_and_meet_in_a_job(cluster: Cluster) 
 def test_a_node_reaches_this_machine_and_shares_its_files_but_no_memory(
     cluster: Cluster, tmp_path: Path
 ) -> None:
+    """Code that relies on /dev/shm across nodes would pass here and fail for users."""
     with socket.create_server((cluster.address, 0)) as server:
         connect = f"echo hello > /dev/tcp/{cluster.address}/{server.getsockname()[1]}"
         cluster.on("node1", "bash", "-c", connect)
@@ -68,6 +70,7 @@ def test_a_node_reaches_this_machine_and_shares_its_files_but_no_memory(
 
 @pytest.mark.slow
 def test_jobs_of_a_node_that_crashes_start_again(cluster: Cluster, tmp_path: Path) -> None:
+    """The test cluster would not requeue jobs as users' clusters do after a node failure."""
     text = 'echo "start ${SLURM_RESTART_COUNT:-0}"; [ -n "$SLURM_RESTART_COUNT" ] || sleep 76543'
     script = write_script(tmp_path / "job.sh", text)
     output = ["--open-mode=append", f"--output={tmp_path}/%j.out"]
@@ -109,6 +112,7 @@ echo "step: $?"
 
 @pytest.mark.slow
 def test_a_preempted_job_gets_term_and_starts_again(cluster: Cluster, tmp_path: Path) -> None:
+    """The test cluster would not preempt jobs as users' clusters do, by SIGTERM and requeue."""
     script = write_script(tmp_path / "job.sh", PREEMPTED)
     logs, jobs = {}, {}
     for partition, node in (("low", "node1"), ("low0", "node2")):
@@ -131,6 +135,7 @@ def test_a_preempted_job_gets_term_and_starts_again(cluster: Cluster, tmp_path: 
 
 
 def test_a_job_that_ends_otherwise_is_told_with_its_log(cluster: Cluster, tmp_path: Path) -> None:
+    """Contributors would see a failed Slurm test without the job's state and log."""
     script = write_script(tmp_path / "job.sh", "echo last words; exit 3")
     job = cluster.sbatch(script, cwd=tmp_path)
     with pytest.raises(AssertionError, match=r"(?s)'FAILED'.*'3:0'.*last words.*slurmctld\.log"):
@@ -142,6 +147,7 @@ def test_a_job_that_ends_otherwise_is_told_with_its_log(cluster: Cluster, tmp_pa
 def test_cancel_all_ends_jobs_that_will_not_and_those_that_wait(
     cluster: Cluster, tmp_path: Path
 ) -> None:
+    """Jobs left from one Slurm test would hold the nodes that a contributor's next test needs."""
     stubborn = write_script(tmp_path / "job.sh", "trap '' TERM; while :; do sleep 1; done")
     tasks = cluster.sbatch("--array=0-1", stubborn, cwd=tmp_path)
     held = cluster.sbatch("--hold", stubborn, cwd=tmp_path)
@@ -169,6 +175,7 @@ KILLED = "cluster.start(); os.kill(os.getpid(), signal.SIGKILL)"
 
 @pytest.mark.parametrize("life", [BAD_START, KILLED])
 def test_nothing_is_left_of_a_cluster(cluster: Cluster, life: str) -> None:
+    """An aborted Slurm test would leave daemons, bridges and folders on a user's machine."""
     begin = (
         "import os, signal\nfrom support import slurm_cluster\ncluster = slurm_cluster.Cluster(1)"
     )
@@ -194,7 +201,9 @@ def test_nothing_is_left_of_a_cluster(cluster: Cluster, life: str) -> None:
     assert cluster.run("sinfo", "-h", "-o%T", "-pdebug") == "idle\n", "the other one lives"
 
 
+@pytest.mark.slow
 def test_without_slurm_a_test_is_skipped_and_says_what_to_install(tmp_path: Path) -> None:
+    """Contributors without Slurm would see a failure instead of the packages to install."""
     test = test_two_nodes_have_names_and_addresses_and_meet_in_a_job.__name__
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test}"],

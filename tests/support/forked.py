@@ -22,13 +22,7 @@ from unittest import mock
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # is read when torch is loaded, so it is the same for all
 
 FORKS = multiprocessing.get_context("forkserver")
-# What a training loads, but for distcv.train itself; nothing of it starts a thread. The first
-# optimizer of a process asks for dynamo, which takes longer than all of a small training.
-FORKS.set_forkserver_preload(
-    ["distcv.data.synthetic", "distcv.loop", "distcv.run_folder", "distcv.samples",
-     "distcv.tracking", "distcv.training", "distcv.runtime.fsdp", "torch._dynamo",
-     "torch.utils.tensorboard"]
-)  # fmt: skip
+FORKS.set_forkserver_preload(["support.warm"])
 
 
 @functools.cache
@@ -37,7 +31,9 @@ def _start_server() -> None:
     # This one warns at the end of what processes that were killed have left.
     with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore"):
         resource_tracker.ensure_running()
-    with mock.patch.dict(os.environ, ONE_THREAD):
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    own = ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with mock.patch.dict(os.environ, own):
         forkserver.ensure_running()
 
 

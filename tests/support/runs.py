@@ -134,7 +134,8 @@ class Runs:
         self, name: str, processes: int, *flags: str, command: list[str] | None = None, **env: str
     ) -> list[Process]:
         """Start several processes that train together on the CPU, without a launcher."""
-        env |= {"ACCELERATE_USE_CPU": "true"}  # as launch/cpu.yaml says
+        if "ACCELERATE_USE_DEEPSPEED" not in env:  # which Accelerate starts only without it
+            env |= {"ACCELERATE_USE_CPU": "true"}  # as launch/cpu.yaml says
         return [self.start(name, *flags, command=command, **env, **own) for own in ranks(processes)]
 
     def together(self, name: str, processes: int, *flags: str, **env: str) -> str:
@@ -152,14 +153,19 @@ class Runs:
 
     def wait_for_step(self, name: str, step: int, process: Process | None = None) -> None:
         """Wait until a run has logged this step, or a later one, while the process lives."""
-        deadline, metrics = time.monotonic() + 540, self.folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + 540
         while time.monotonic() < deadline:
-            steps = re.findall(r'"step": (\d+),', metrics.read_text() if metrics.exists() else "")
-            if any(int(found) >= step for found in steps):
+            if any(found >= step for found in self.logged_steps(name)):
                 return
             assert process is None or process.poll() is None, "it should have been at work still"
             time.sleep(0.01)
         raise AssertionError(f"{name} did not come to step {step}")
+
+    def logged_steps(self, name: str) -> list[int]:
+        """The steps of the rows that a run, which may be at work, has written."""
+        metrics = self.folder / name / "metrics.jsonl"
+        text = metrics.read_text() if metrics.exists() else ""
+        return [int(step) for step in re.findall(r'"step": (\d+),', text)]
 
     def result(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / name / "result.json").read_text()))

@@ -16,6 +16,7 @@ FLAGS = ["--model", "gap", "--log-every", "5", "--track", "wandb"]
 def test_a_loss_that_is_no_number_is_told_and_the_run_has_failed(
     runs: Runs, server: WandbServer
 ) -> None:
+    """A diverged run would send no alert to W&B and would not be marked as failed there."""
     flags = ["--model", "lighter", "--lr", "1e9", "--warmup", "0", "--schedule", "constant"]
     said = runs.run("r", *FLAGS, *flags, expect=2)
     assert "no finite loss" in said
@@ -29,6 +30,7 @@ def test_a_loss_that_is_no_number_is_told_and_the_run_has_failed(
 def test_a_process_that_hangs_is_told_before_the_others_give_up(
     runs: Runs, server: WandbServer
 ) -> None:
+    """Users would hear of a hung rank only after the heartbeat timeout has ended the run."""
     flags = [*FLAGS, "--hang-timeout", "10", "--max-steps", "3000"]
     peer, victim = runs.group("r", 2, *flags)
     runs.wait_for_step("r", 10, peer)

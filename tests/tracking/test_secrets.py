@@ -90,6 +90,7 @@ def find_secrets(folder: Path, said: str, server: WandbServer) -> list[str]:
 def test_a_training_tells_no_secret_of_its_surroundings(
     mode: str, runs: Runs, server: WandbServer, mnist: object, tmp_path: Path
 ) -> None:
+    """Tokens and passwords in the user's environment would leak into run files or to W&B."""
     said = runs.run("r", *FLAGS, WANDB_MODE=mode)
     if mode == "offline":
         sync(runs, "r")
@@ -105,6 +106,7 @@ def test_a_training_tells_no_secret_of_its_surroundings(
 def test_the_address_of_a_server_may_hold_a_password(
     runs: Runs, server: WandbServer, mnist: object, tmp_path: Path
 ) -> None:
+    """A password in WANDB_BASE_URL would end up in the output, in files or in requests."""
     address = server.url.replace("://", f"://user:{planted('url')}@")
     said = runs.run("r", *FLAGS, WANDB_BASE_URL=address)
     assert find_secrets(tmp_path, said, server) == []
@@ -121,6 +123,7 @@ def test_the_address_of_a_server_may_hold_a_password(
     ],
 )
 def test_a_wrong_argument_is_refused_without_the_password_in_it(flags: list[str]) -> None:
+    """A mistyped command would print its password or token to the terminal and to job logs."""
     command = [*TRAIN, *(flag.format(planted("flag")) for flag in flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "error" in done.stderr
@@ -128,7 +131,7 @@ def test_a_wrong_argument_is_refused_without_the_password_in_it(flags: list[str]
 
 
 def test_secrets_are_found_where_they_are(tmp_path: Path, server: WandbServer) -> None:
-    """Else the tests above would pass whatever is told."""
+    """Leaked secrets would stay unnoticed: the tests above would pass whatever a run writes."""
     for shift in range(3):
         text = base64.b64encode(b"u" * shift + planted("remote").encode() + b":tail")
         (tmp_path / "file").write_bytes(b"before" + text + b"after")

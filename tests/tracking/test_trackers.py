@@ -19,6 +19,7 @@ from support.runs import Runs, stopped_in
 def test_a_killed_run_has_each_row_once_in_tensorboard_and_trackio(
     tmp_path: Path, data_dir: Path, mnist: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """After a kill, TensorBoard and trackio would show some steps twice or not at all."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     home = tmp_path / "home"
@@ -51,6 +52,7 @@ def test_a_killed_run_has_each_row_once_in_tensorboard_and_trackio(
 
 @pytest.mark.slow
 def test_tensorboard_gets_the_rows_of_a_time_without_it(tmp_path: Path) -> None:
+    """TensorBoard would lack the steps of every restart without --track tensorboard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     runs = Runs(tmp_path, tmp_path)
@@ -72,6 +74,7 @@ def test_tensorboard_gets_the_rows_of_a_time_without_it(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_installed_is_named_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Users without trackio would not see the pip command that installs it."""
     monkeypatch.setattr("sys.argv", ["train", "--model", "gap", "--track", "trackio"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
@@ -81,6 +84,7 @@ def test_a_tracker_that_is_not_installed_is_named_at_once(
 
 
 def test_the_metrics_of_two_nodes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users would see one node's CPU load under another node, or a sum over its ranks."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     processes = [NodeMetrics(rank, 4, torch.device("cpu")) for rank in range(4)]
     load = iter([10.0, 30.0, 50.0, 50.0])
@@ -92,6 +96,7 @@ def test_the_metrics_of_two_nodes_are_told_apart(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_stall_is_told_once_and_only_if_there_is_one() -> None:
+    """Users would get stall alerts from healthy or finished runs, or none from a stalled run."""
     idle, told = [0.0], list[float]()
     watch = StallWatch(lambda: idle[0], 0.05, told.append)
     time.sleep(0.1)
@@ -108,6 +113,7 @@ def test_a_stall_is_told_once_and_only_if_there_is_one() -> None:
 def test_trackio_keeps_what_the_user_has_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Runs would not reach the user's own trackio folder or Hugging Face Space."""
     from distcv.run_folder import RunFolder
     from distcv.tracking import trackio_run
 

@@ -16,7 +16,7 @@ from support.wandb_server import KEY, WandbServer
 from support.wandb_store import ENTITY
 
 TRAINING = ["--model", "gap", "--max-steps", "80", "--track", "wandb"]
-SHORT = [*TRAINING, "--log-every", "5"]
+SHORT = [*TRAINING, "--batch-size", "32", "--log-every", "5"]
 MODES = pytest.mark.parametrize("mode", ["online", "offline"])
 
 
@@ -36,6 +36,7 @@ def check_key_is_secret(folder: Path, server: WandbServer) -> None:
 def test_a_run_that_is_stopped_twice_is_one_run_in_wandb(
     mode: str, runs: Runs, server: WandbServer
 ) -> None:
+    """A stopped and resumed run would appear in W&B as several runs, or with gaps."""
     for how, step in (("file", 10), ("SIGTERM", 40)):
         process = runs.start("r", *SHORT, WANDB_MODE=mode)
         runs.wait_for_step("r", step, process)
@@ -60,6 +61,7 @@ def test_a_run_that_is_stopped_twice_is_one_run_in_wandb(
 def test_rows_of_a_run_that_is_killed_are_neither_lost_nor_doubled(
     mode: str, runs: Runs, server: WandbServer
 ) -> None:
+    """After a kill, W&B curves would have gaps, or some steps twice."""
     flags = [*TRAINING, "--log-every", "2", "--checkpoint-every", "20"]
     # Killed at once, rows before the checkpoint are lost that were neither sent nor written.
     process = runs.start("r", *flags, WANDB_MODE=mode, WANDB__FILE_STREAM_TRANSMIT_INTERVAL="15")
@@ -85,6 +87,7 @@ def test_rows_of_a_run_that_is_killed_are_neither_lost_nor_doubled(
 def test_a_stop_before_an_evaluation_does_not_part_its_row(
     runs: Runs, server: WandbServer, tmp_path: Path
 ) -> None:
+    """A run stopped before its evaluation would lack that epoch's accuracy in W&B."""
     flags = [*SHORT, "--max-steps", "1"]
     asked = tmp_path / "asked"
     for command in (stopped_in("train_epoch", asked), None):  # the second time before it begins
@@ -98,6 +101,7 @@ def test_a_stop_before_an_evaluation_does_not_part_its_row(
 def test_a_run_that_began_offline_is_whole_once_it_is_online(
     runs: Runs, server: WandbServer
 ) -> None:
+    """A run begun offline would lack its first rows online, or a later sync would change them."""
     process = runs.start("r", *SHORT, WANDB_MODE="offline")
     runs.wait_for_step("r", 10, process)
     process.send_signal(signal.SIGTERM)
@@ -110,6 +114,7 @@ def test_a_run_that_began_offline_is_whole_once_it_is_online(
 
 @pytest.mark.slow
 def test_of_several_processes_one_has_the_trackers(runs: Runs, server: WandbServer) -> None:
+    """Each rank would open a W&B run and an event file of its own for the same training."""
     runs.together("r", 2, *SHORT, "--track", "wandb", "tensorboard")
     check_whole(runs, "r", server, starts=1)
     assert len(list(runs.folder.glob("r/tensorboard/**/events.out.tfevents.*"))) == 1
@@ -142,6 +147,7 @@ class Agent:
 def test_a_sweep_s_run_that_was_stopped_is_gone_on_with_by_the_next_agent(
     runs: Runs, server: WandbServer
 ) -> None:
+    """A preempted run of a sweep would be lost, as the next agent would begin another one."""
     agent = Agent(runs, server)
     id = f"{agent.sweep}-1"
     name = f"gap-{id}"
@@ -163,7 +169,9 @@ def test_a_sweep_s_run_that_was_stopped_is_gone_on_with_by_the_next_agent(
     check_key_is_secret(runs.folder, server)
 
 
+@pytest.mark.slow
 def test_disabled_nothing_is_asked_and_nothing_written(runs: Runs, server: WandbServer) -> None:
+    """WANDB_MODE=disabled would still contact the server or write a wandb folder."""
     server.fail(1000)
     flags = [*TRAINING, "tensorboard", "--log-every", "5", "--max-steps", "10"]
     runs.run("r", *flags, WANDB_MODE="disabled")
@@ -173,10 +181,12 @@ def test_disabled_nothing_is_asked_and_nothing_written(runs: Runs, server: Wandb
     assert runs.result("r")["steps"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["0" * 40, "short"])
 def test_a_wrong_key_is_refused_before_the_first_step(
     key: str, runs: Runs, server: WandbServer
 ) -> None:
+    """A wrong W&B key would go unnoticed, and hours of training would not reach the server."""
     said = runs.run("r", *SHORT, expect=2, WANDB_API_KEY=key)
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert line == (
@@ -189,6 +199,7 @@ def test_a_wrong_key_is_refused_before_the_first_step(
 
 @pytest.mark.slow
 def test_a_wrong_key_does_not_end_a_run_that_goes_on(runs: Runs, server: WandbServer) -> None:
+    """A requeued run could not resume once W&B refuses its key."""
     process = runs.start("r", *SHORT)
     runs.wait_for_step("r", 10, process)
     (runs.folder / "r/STOP").touch()

@@ -60,10 +60,12 @@ def decoded(png: bytes) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_media_tables_artifacts_and_alerts_are_kept(
     mode: str, server: WandbServer, tmp_path: Path
 ) -> None:
+    """The tests would miss lost pictures, tables, models or alerts in a user's W&B project."""
     run = start(tmp_path, mode=mode)
     run.log({"loss": 1.5, "samples": wandb.Image(PICTURE)}, step=1)
     rows = [[wandb.Image(PICTURE), 3], [wandb.Image(255 - PICTURE), 4]]
@@ -100,6 +102,7 @@ def test_media_tables_artifacts_and_alerts_are_kept(
 
 
 def test_a_name_of_artifacts_has_one_type(server: WandbServer, tmp_path: Path) -> None:
+    """The tests would accept a model artifact of a type that W&B refuses to users."""
     run = start(tmp_path)
     log_model(run, tmp_path / "model", "1", [])
     with pytest.raises(ValueError, match="already exists with type 'model'"):
@@ -122,6 +125,7 @@ def has(run: Run, step: int) -> Callable[[], bool]:
 def test_what_could_not_be_sent_is_sent_when_the_server_is_well_again(
     server: WandbServer, tmp_path: Path
 ) -> None:
+    """The tests would not notice rows that an outage of W&B loses for good."""
     run = start(tmp_path)
     run.log({"loss": 0.0}, step=0)
     run.log({"loss": 1.0}, step=1)  # a row is sent when the next one comes
@@ -147,6 +151,7 @@ def test_what_could_not_be_sent_is_sent_when_the_server_is_well_again(
 
 
 def test_a_view_is_one_however_often_it_is_saved(server: WandbServer) -> None:
+    """The tests would not notice a dashboard that adds a new W&B view at each call."""
     workspaces = pytest.importorskip("wandb_workspaces.workspaces")
     view = workspaces.Workspace(entity=ENTITY, project="p", name="first", sections=[])
     view.save()

@@ -21,6 +21,7 @@ FLAGS = [
 def test_all_of_a_run_on_two_processes_that_was_killed_is_in_wandb_once(
     mode: str, runs: Runs, server: WandbServer, mnist: Arrays
 ) -> None:
+    """A killed run of two ranks would have rows, tables or its model in W&B twice or not at all."""
     first, second = runs.group("r", 2, *FLAGS, WANDB_MODE=mode)
     runs.wait_for_step("r", 50, first)
     kill(first)
@@ -35,10 +36,12 @@ def test_all_of_a_run_on_two_processes_that_was_killed_is_in_wandb_once(
     assert runs.result("r")["processes"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_best_and_last_checkpoint_are_two_versions_of_one_model(
     mode: str, runs: Runs, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Users who fetch `best` or `latest` from W&B would get the wrong weights."""
     folder = RunFolder(runs.folder / "a run")
     checkpoints = [folder.checkpoints / f"step-{step:08d}" for step in (1, 2)]
     for path in checkpoints:
