@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.parallel import HELD
+
 TESTS = Path(__file__).parent
 
 
@@ -66,7 +68,7 @@ def test_what_runs_alone_has_nothing_beside_it_and_groups_stay_together(tmp_path
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    alone\n    slow\n")
     command = [sys.executable, "-m", "pytest", "-p", "support.parallel", "-n", "3", "--dist"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    del env["TEST_RUN_LOCK_HELD"]
+    del env[HELD]
     ran = subprocess.run(
         [*command, "loadgroup", "--no-loadscope-reorder", "tests"], cwd=tmp_path,
         env=env | {"PYTHONPATH": str(TESTS)}, capture_output=True, text=True, timeout=120,

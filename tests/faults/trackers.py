@@ -106,8 +106,11 @@ class Tracked:
         ended = time.time()
         assert code == 0, f"exit {code}: {training.said()[-500:]}"
         assert self.runs.result(name)["steps"] == self.steps
-        each = (self.place.folder / f"{name}.tracked").read_text().split()
-        share = 100 * sum(map(float, each)) / self.runs.result(name)["seconds"]
+        lines = (self.place.folder / f"{name}.tracked").read_text().splitlines()
+        each, waited = zip(*(map(float, line.split()) for line in lines), strict=True)
+        # Neither counts the time in which other programs had the processors.
+        seconds = self.runs.result(name)["seconds"] - (waited[-1] - waited[0])
+        share = 100 * sum(each) / seconds
         leaving = ended - (self.runs.folder / name / "metrics.jsonl").stat().st_mtime
         measured.shares.append(share)
         measured.exits.append(leaving)

@@ -15,7 +15,7 @@ The variable FAULTS holds a JSON object; each key is a hook:
 - ``held``: file; gets a row at the start of each epoch: what the process holds, see ``memory.py``.
 - ``train``: so many training samples instead of all that the synthetic set has.
 - ``tracked``: file; gets a line for each row: the seconds for which the trackers held up the
-  training.
+  training, and those for which it had no processor until then.
 """
 
 import faulthandler
@@ -74,8 +74,7 @@ def main(flags: list[str]) -> None:
     if "without" in faults:
         without(**faults["without"])
     if "train" in faults:
-        own = replace(DATASETS["synthetic"], train=faults["train"])
-        DATASETS["synthetic"] = own
+        DATASETS["synthetic"] = replace(DATASETS["synthetic"], train=faults["train"])
     if "tracked" in faults:
         time_trackers(Path(faults["tracked"]))
     if "host" in faults:
@@ -152,9 +151,9 @@ def saves(run: Path) -> None:
 
 
 def time_trackers(file: Path) -> None:
-    """Write down how long each row takes the training."""
+    """Note how long each row takes the training, and how long it has had no processor."""
     from distcv.tracking import Trackers
-    from support.clock import unhindered_seconds
+    from support.clock import run_queue_seconds, unhindered_seconds
 
     log = Trackers.log
 
@@ -162,7 +161,7 @@ def time_trackers(file: Path) -> None:
         began = unhindered_seconds()
         log(self, row)
         with file.open("a") as lines:
-            lines.write(f"{unhindered_seconds() - began}\n")
+            lines.write(f"{unhindered_seconds() - began} {run_queue_seconds()}\n")
 
     Trackers.log = timed  # type: ignore[method-assign]
 

@@ -24,9 +24,9 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def launch(file: str, *options: str, processes: int = 2) -> list[str]:
-    """The command that trains in so many processes by one of the launch files."""
-    return [*launched(processes, *options, file=file), "-m", "distcv.train"]
+def launch(file: str, *options: str) -> list[str]:
+    """The command that trains in two processes by one of the launch files."""
+    return [*launched(2, *options, file=file), "-m", "distcv.train"]
 
 
 @pytest.fixture

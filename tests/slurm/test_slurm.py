@@ -80,7 +80,7 @@ def site(folder: Path, cluster: Cluster) -> Site:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, mnist: object) -> Runs:
+def whole(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Runs:
     """A run `whole` with FLAGS that nothing has touched."""
     runs = Runs(shared_folder(tmp_path_factory) / "slurm", data_dir.resolve())
     made_once(runs.folder, lambda _: runs.run("whole", *FLAGS))

@@ -1,6 +1,6 @@
 """How the tests are dealt out to processes (pytest-xdist), and which of them run alone.
 
-Half of the time of many tests is waiting, so there are more workers than cores, each of which
+Many tests wait for Slurm, a server or a peer, so there are more workers than cores, each of which
 computes in one thread. Tests that share a fixture of their module stay together on one worker; all
 others go wherever a worker is free, the slow ones first. A test marked `alone` measures time: no
 other test runs beside it.
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Workers for folders; none for single files, which are over before workers have started."""
+    """Workers for folders; none for single files, which then start at once."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # pytest-xdist reads it
     if not any(Path(argument.split("::")[0]).is_dir() for argument in config.args):
@@ -83,7 +83,7 @@ class RunLock:
     def take(self, root: Path, *, exclusive: bool) -> None:
         """Wait for it in a queue, so that no later test begins before one that runs alone.
 
-        Two folders are locked, one for the queue, since every checkout has them.
+        It is a lock on the folder tests/; the queue is one on the folder above.
         """
         queue = os.open(root, os.O_RDONLY)
         fcntl.flock(queue, fcntl.LOCK_EX)

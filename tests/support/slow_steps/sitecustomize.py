@@ -4,6 +4,7 @@ A folder on PYTHONPATH; Python imports this at its start. While the file that SL
 exists, each step takes as many seconds longer as it says: time for Slurm to notice something.
 """
 
+import contextlib
 import importlib.abc
 import importlib.util
 import os
@@ -30,8 +31,9 @@ class SlowLoop(importlib.abc.MetaPathFinder):
             lr_at = module.lr_at  # called once a step
 
             def slow_lr_at(*args: Any) -> float:
-                file = Path(os.environ["SLOW_STEPS"])
-                time.sleep(float(file.read_text() or 0) if file.exists() else 0)
+                # It may be removed, or be empty for a moment, at any time.
+                with contextlib.suppress(FileNotFoundError, ValueError):
+                    time.sleep(float(Path(os.environ["SLOW_STEPS"]).read_text()))
                 return float(lr_at(*args))
 
             module.lr_at = slow_lr_at
